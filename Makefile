@@ -1,0 +1,27 @@
+# `make repro` and `make test` need Python 3.11, git and make; all else goes into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+ACTIVATE := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH" &&
+
+.PHONY: repro test lint
+
+repro: $(VENV)/installed
+	@$(ACTIVATE) dvc repro
+	@$(ACTIVATE) dvc metrics show
+	@echo
+	@echo "model      models/gae.safetensors"
+	@echo "features   features/  (features/index.json lists them)"
+	@echo "plots      plots/figures/ and plots/network/; dvc plots show draws the training curves"
+	@echo "metrics    metrics.json and models/metrics.json, above"
+
+test: $(VENV)/installed
+	@$(ACTIVATE) python -m pytest
+
+lint: $(VENV)/installed
+	@$(ACTIVATE) ruff check . && ruff format --check .
+
+$(VENV)/installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@

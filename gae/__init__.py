@@ -1,0 +1,18 @@
+"""Transposition-invariant interval features from audio, learned by a gated autoencoder.
+
+>>> import gae
+>>> model = gae.load_model()                                  # the shipped weights, or a path
+>>> features = gae.extract(samples, sample_rate, model)       # samples (n,) or (n, channels)
+>>> features.values.shape, features.times[:2]
+((1477, 64), array([0.        , 0.02031746]))
+>>> features = gae.read_features("features/song.h5")
+"""
+
+from gae.convert import extract
+from gae.errors import GaeError
+from gae.features import Features
+from gae.features import read as read_features
+from gae.modelfile import Model, load_model
+
+__all__ = ["Features", "GaeError", "Model", "extract", "load_model", "read_features"]
+__version__ = "0.1.0"

@@ -1,0 +1,136 @@
+"""Audio files to mono samples. Every way in which a file can be broken has its error here."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+import soxr
+
+from gae.errors import AudioError
+
+_CHUNK = 1 << 18  # samples decoded at a time, over all channels
+_RATES = (1_000, 768_000)  # sample rates believed of a file, in Hz
+_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a file holds: samples a channel, rate in Hz, channels."""
+
+    n_samples: int
+    sample_rate: int
+    channels: int
+
+    @property
+    def seconds(self):
+        """Duration in s."""
+        return self.n_samples / self.sample_rate
+
+
+def blocks(path, sample_rate):
+    """Decode, mix down and resample a file piece by piece, in constant memory.
+
+    Parameters
+    ----------
+    path : str or Path
+        Any format that libsndfile reads: wav, flac, ogg, opus, mp3, aiff, ...
+    sample_rate : int
+        Rate of the samples that come out, in Hz.
+
+    Yields
+    ------
+    ndarray of float32, shape (n,)
+        Successive samples, the mean over all channels. `n` varies.
+
+    Raises
+    ------
+    AudioError
+        If the file is missing, no audio, truncated, or holds NaN or infinities.
+    """
+    with _open(path) as file:
+        rate = file.samplerate
+        resampler = None if rate == sample_rate else soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
+        for mono, last in _decoded(file, path):
+            yield resampler.resample_chunk(mono, last=last) if resampler else mono
+
+
+def load(path, sample_rate):
+    """Decode a whole file: `blocks` in one array of float32, shape (n_samples,)."""
+    return np.concatenate([np.zeros(0, np.float32), *blocks(path, sample_rate)])
+
+
+def probe(path):
+    """Decode a file once to its end, and say what it holds.
+
+    Returns
+    -------
+    AudioInfo
+
+    Raises
+    ------
+    AudioError
+        As `blocks`.
+    """
+    with _open(path) as file:
+        n_samples = sum(len(mono) for mono, _ in _decoded(file, path))
+        return AudioInfo(n_samples, file.samplerate, file.channels)
+
+
+def claimed_seconds(path):
+    """Duration in s that the header claims, for a progress bar; what is decoded may differ."""
+    with _open(path) as file:
+        return file.frames / file.samplerate
+
+
+def mono(samples):
+    """Mix down samples of shape (n,) or (n, channels) to float32 of shape (n,)."""
+    samples = np.asarray(samples, dtype=np.float32)
+    return samples if samples.ndim == 1 else samples.mean(axis=1)
+
+
+def resample(samples, orig_rate, sample_rate):
+    """Resample mono samples (n,) from `orig_rate` to `sample_rate`, both in Hz, as `blocks` does."""
+    if orig_rate == sample_rate:
+        return samples
+    return soxr.ResampleStream(orig_rate, sample_rate, 1, dtype="float32").resample_chunk(samples, last=True)
+
+
+def _open(path):
+    try:
+        file = soundfile.SoundFile(path)
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        if "No such file" in str(error) or "System error" in str(error):
+            raise AudioError(f"{path}: cannot be opened; check the path and its permissions") from None
+        raise AudioError(f"{path}: not audio that can be read; convert it to wav or flac") from None
+    if not (_RATES[0] <= file.samplerate <= _RATES[1] and 1 <= file.channels <= _CHANNELS):
+        file.close()
+        raise AudioError(
+            f"{path}: claims {file.samplerate} Hz and {file.channels} channels; allowed: "
+            f"{_RATES[0]} to {_RATES[1]} Hz, up to {_CHANNELS} channels"
+        )
+    return file
+
+
+def _decoded(file, path):
+    """Yield (mono chunk, is it the last), trusting what is decoded rather than the header."""
+    length = max(1, _CHUNK // file.channels)
+    total, chunk = 0, None
+    while True:
+        try:
+            read = file.read(length, dtype="float32", always_2d=True)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise AudioError(f"{path}: damaged after {total / file.samplerate:.1f} s; copy or encode it again ({error})") from None
+        if chunk is not None:
+            yield chunk, len(read) == 0
+        if len(read) == 0:
+            break
+        if not np.isfinite(read).all():
+            raise AudioError(f"{path}: holds NaN or infinite samples near {total / file.samplerate:.1f} s; export it again")
+        chunk = mono(read)
+        total += len(read)
+    if total == 0:
+        raise AudioError(f"{path}: holds no samples; record or export it again")
+    if total < file.frames and file.frames < 2**62:
+        raise AudioError(
+            f"{path}: truncated, {total / file.samplerate:.1f} s of {file.frames / file.samplerate:.1f} s are there; copy it again"
+        )

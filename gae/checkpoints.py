@@ -1,0 +1,84 @@
+"""A run of training that can't be lost: its whole state in one file, written whole or not at all."""
+
+import json
+import shutil
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+
+from gae.files import replacing, sweep
+
+
+class Checkpoints:
+    """The last checkpoint of one recipe.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Outside DVC's outputs, which it removes before it runs a stage.
+    recipe : str
+        Digest of all that the result depends on. Checkpoints of other recipes are removed.
+    modules : dict of str to nn.Module
+        What to save and restore.
+    optimiser : torch.optim.Optimizer
+    writes : bool
+        Whether this process is the one that touches the folder; the others only read.
+    """
+
+    def __init__(self, folder, recipe, modules, optimiser, writes=True):
+        self.folder, self.modules, self.optimiser, self.writes = Path(folder), modules, optimiser, writes
+        self.file = self.folder / f"{recipe[:32]}.safetensors"
+
+    def resume(self):
+        """Restore the last checkpoint.
+
+        Returns
+        -------
+        dict or None
+            The facts saved with it; None where there is none, or it can't be read.
+        """
+        if self.writes:
+            self._clean()
+        try:
+            with safetensors.safe_open(self.file, "pt") as file:
+                facts = json.loads(file.metadata()["gae"])
+            tensors = load_file(self.file)
+        except (OSError, safetensors.SafetensorError):
+            return None
+        for name, module in self.modules.items():
+            module.load_state_dict(_under(tensors, name))
+        state = self.optimiser.state_dict()
+        state["state"] = {}
+        for key, tensor in _under(tensors, "optimiser").items():
+            number, name = key.split(".")
+            state["state"].setdefault(int(number), {})[name] = tensor
+        self.optimiser.load_state_dict(state)
+        return facts
+
+    def save(self, **facts):
+        """Replace the last checkpoint by the present state, with JSON-able `facts`."""
+        if not self.writes:
+            return
+        tensors = {f"{name}.{key}": value for name, module in self.modules.items() for key, value in module.state_dict().items()}
+        for number, entries in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in entries.items()}
+        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata={"gae": json.dumps(facts)})
+        with replacing(self.file) as partial:
+            partial.write_bytes(data)
+
+    def clear(self):
+        """Remove the folder: the run has ended well."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _clean(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+        for stale in self.folder.glob("*.safetensors"):
+            if stale != self.file:
+                stale.unlink()
+
+
+def _under(tensors, name):
+    return {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}

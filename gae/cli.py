@@ -1,0 +1,75 @@
+"""The command `gae`: audio files to features, and the original implementation's weights to a model file."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import gae
+from gae.commandline import one_line_errors
+from gae.convert import convert_file, feature_names
+from gae.errors import FormatError, GaeError
+from gae.features import SUFFIXES, check_suffix
+from gae.weights import import_weights
+
+
+def main(arguments=None):
+    """Run the command `gae` with `arguments`, by default those of the process."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    with one_line_errors(parser.prog):
+        sys.exit(given.run(given))
+
+
+def _convert(given):
+    """Convert every input; name those that can't be converted and go on. Returns the exit code."""
+    outs = _outs(given.audio, given.out, given.format)
+    model = gae.load_model(given.weights)
+    failures = 0
+    for path, out in outs.items():
+        try:
+            convert_file(path, out, model)
+        except (GaeError, OSError) as error:
+            print(f"gae: error: {error}", file=sys.stderr)
+            failures += 1
+    return 1 if failures else 0
+
+
+def _import_weights(given):
+    if Path(given.out).suffix != ".safetensors":
+        raise FormatError(f"{given.out}: a model file; end the name in .safetensors")
+    import_weights(given.save, given.out)
+    return 0
+
+
+def _outs(paths, out, suffix):
+    """The feature file of each input: `out` itself, or one in the folder `out`."""
+    paths = list(dict.fromkeys(paths))
+    if len(paths) == 1 and not out.endswith("/") and not Path(out).is_dir():
+        check_suffix(out)
+        return {paths[0]: Path(out)}
+    if Path(out).suffix.lower() in SUFFIXES and not Path(out).is_dir():
+        raise FormatError(f"{out}: one file can't hold {len(paths)} recordings; name a folder")
+    return {path: Path(out) / (name + suffix) for path, name in feature_names(paths).items()}
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="gae", description="Transposition-invariant interval features from audio.")
+    parser.add_argument("--version", action="version", version=f"gae {gae.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    convert = commands.add_parser("convert", help="audio files to features", description="Convert audio files to features.")
+    convert.add_argument("audio", nargs="+", metavar="AUDIO", help="wav, flac, ogg, mp3, aiff, ...; any sample rate and channels")
+    convert.add_argument("--out", required=True, metavar="PATH", help="feature file: .h5, .npz, or .csv for Sonic Visualiser; or a folder")
+    convert.add_argument("--weights", metavar="FILE", help="model file, .safetensors (default: the shipped weights)")
+    convert.add_argument("--format", default=".h5", choices=SUFFIXES, help="of the files in a folder (default: %(default)s)")
+    convert.set_defaults(run=_convert)
+
+    importer = commands.add_parser(
+        "import-weights",
+        help="the original implementation's weights to a model file",
+        description="Turn a model.save of the original implementation (cgae-invar) into a model file, without executing anything in it.",
+    )
+    importer.add_argument("save", metavar="MODEL.SAVE", help="the pickled PyTorch module")
+    importer.add_argument("--out", required=True, metavar="FILE", help="model file to write, .safetensors")
+    importer.set_defaults(run=_import_weights)
+    return parser

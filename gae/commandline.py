@@ -1,0 +1,62 @@
+"""What the command lines share: parameters, paths, and errors that end in one line."""
+
+import argparse
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+from gae import params
+from gae.errors import GaeError
+
+
+@contextmanager
+def stage(description, reads, **paths):
+    """Parse the command line of a stage, and turn the user's mistakes into one line and exit code 1.
+
+    Parameters
+    ----------
+    description : str
+        What the stage does.
+    reads : sequence of str
+        The sections or dotted keys of params.yaml that it reads; ``--help`` lists them.
+    **paths : str
+        Options for its inputs and outputs, with the paths that DVC uses as defaults.
+
+    Yields
+    ------
+    params : gae.params.Params
+    paths : SimpleNamespace of Path
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="parameters read (key = default, meaning):\n" + params.describe(reads),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--params", default="params.yaml", metavar="FILE", help="parameters (default: %(default)s)")
+    parser.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE", help="replace one parameter, as in dvc exp run")
+    for name, default in paths.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, metavar="PATH", help="default: %(default)s")
+    given = parser.parse_args()
+    with one_line_errors(parser.prog):
+        values = params.load(given.params, given.set)
+        yield values, SimpleNamespace(**{name: Path(getattr(given, name)) for name in paths})
+
+
+@contextmanager
+def one_line_errors(program):
+    """End the program with one line on standard error where the user can mend what went wrong."""
+    try:
+        yield
+    except GaeError as error:
+        sys.exit(f"{program}: error: {error}")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{program}: error: {where}{error.strerror or error}; make room or check the permissions, then run it again")
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: interrupted; run it again to go on")
+
+
+def warn(message):
+    """Print a warning of one line on standard error."""
+    print(f"warning: {message}", file=sys.stderr)

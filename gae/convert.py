@@ -1,0 +1,290 @@
+"""Audio to features: samples, one file, or every track of the conversion list."""
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from gae import audio
+from gae.compute import map_tracks
+from gae.cqt import analyse, frame_times
+from gae.errors import AudioError, FormatError, ParamsError
+from gae.features import Features, Origin, check_suffix, extract_blocks, validate, write
+from gae.files import content_hash, read_json, sweep, write_json
+from gae.modelfile import Model, load_model
+from gae.shards import Shards, read_blocks
+
+SCHEMA = 1
+_STEM = 100  # bytes of a file's stem that its features' name keeps
+
+
+def extract(samples: np.ndarray, sample_rate: float, model: Model | str | Path | None = None) -> Features:
+    """Features of a recording.
+
+    Parameters
+    ----------
+    samples : array of numbers, shape (n,) or (n, channels)
+        Of any scale; channels are mixed down.
+    sample_rate : float
+        In Hz; other rates than the model's are resampled.
+    model : Model, str or Path, optional
+        By default the weights that are shipped.
+
+    Returns
+    -------
+    Features
+        values (n_frames, n_maps) and times (n_frames,) in s.
+
+    Raises
+    ------
+    AudioError
+        If the samples are none, not numbers, NaN or infinite, of another shape, or the rate makes no sense.
+    FormatError
+        If the model can't be read.
+
+    Examples
+    --------
+    >>> import gae, soundfile
+    >>> samples, sample_rate = soundfile.read("song.flac")
+    >>> features = gae.extract(samples, sample_rate)
+    >>> features.values[features.times > 10]  # from 10 s on
+    """
+    mono = _mono(samples, sample_rate)
+    model = _model(model)
+    resampled = audio.resample(mono, sample_rate, model.cqt.sample_rate)
+    with analyse([resampled], model.cqt) as analysis:
+        if not analysis.n_frames:
+            raise AudioError(f"samples: {len(mono)} at {sample_rate:g} Hz are too short to hold a frame; give more")
+        values = np.concatenate(list(extract_blocks(analysis.blocks(), model)))
+    return Features(values, frame_times(len(values), model.cqt), Origin(model.cqt, model_sha256=model.sha256))
+
+
+def convert_file(path, out, model=None, dtype="float32"):
+    """Convert one audio file, in constant memory, with a progress bar where it takes long.
+
+    Parameters
+    ----------
+    path : str or Path
+        Audio.
+    out : str or Path
+        Feature file to write: .h5, .npz or .csv.
+    model : Model, str or Path, optional
+        By default the weights that are shipped.
+    dtype : {"float32", "float16"}
+        How values are stored in .h5 and .npz.
+
+    Returns
+    -------
+    int
+        Number of frames.
+
+    Raises
+    ------
+    AudioError
+        If the audio can't be used.
+    FormatError
+        If the model can't be read, or `out` has another suffix.
+    """
+    check_suffix(out)
+    model = _model(model)
+    with analyse(_watched(path, model.cqt.sample_rate), model.cqt) as analysis:
+        if not analysis.n_frames:
+            raise AudioError(f"{path}: too short to hold a frame; record or export it again")
+        origin = Origin(model.cqt, str(path), content_hash(path), model.sha256)
+        shape = (analysis.n_frames, model.sizes.n_maps)
+        write(out, extract_blocks(analysis.blocks(), model), shape, origin, dtype)
+    return analysis.n_frames
+
+
+def convert_list(shards, index_file, weights, out, params):
+    """Convert every track of the conversion list from its frames.
+
+    Parameters
+    ----------
+    shards : Path
+        Folder of the list's shards.
+    index_file : Path
+        As `gae.index.index` writes it.
+    weights : str or Path
+        Model file.
+    out : Path
+        Folder for a feature file each and index.json: {"model_sha256", "tracks": [{path, file, key, n_frames}],
+        "skipped": [{path, list, line, reason}]}. Files there that are what would be written are kept.
+    params : gae.params.Params
+        Reads convert.dtype, data.convert_list and compute.
+
+    Raises
+    ------
+    FormatError
+        If shards or model can't be read.
+    ParamsError
+        If the model takes other frames than the shards hold.
+    """
+    out, index = Path(out), _read_index(index_file)
+    model = load_model(weights)
+    with Shards(shards) as folder:
+        _same_cqt(model.cqt, folder.cqt, weights, shards)
+        listed = {file["path"]: file for line in index["convert"] for file in line}
+        frames = {path: folder.tracks[file["key"]] for path, file in listed.items() if file["key"] in folder.tracks}
+    names = feature_names(frames)
+    jobs = [
+        {"source": path, "sha256": listed[path]["sha256"], "key": track.key, "shard": str(track.file), "file": f"{names[path]}.h5"}
+        for path, track in frames.items()
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
+    counts = map_tracks(convert_track, jobs, params.compute, "convert", (str(weights), model.sha256, str(out), params.convert.dtype))
+    tracks = [{"path": job["source"], "file": job["file"], "key": job["key"], "n_frames": n} for job, n in zip(jobs, counts, strict=True)]
+    skipped = [file for file in index["skipped"] if file["list"] == params.data.convert_list]
+    skipped += [
+        {"path": path, "list": params.data.convert_list, "line": None, "reason": f"{path}: no frames of it; see what preprocess says"}
+        for path in listed
+        if path not in frames
+    ]
+    _forget(out, {job["file"] for job in jobs})
+    write_json(out / "index.json", {"schema": SCHEMA, "model_sha256": model.sha256, "tracks": tracks, "skipped": skipped})
+
+
+def convert_track(job, weights, model_sha256, out, dtype):
+    """Write one track's features, unless they are there.
+
+    Parameters
+    ----------
+    job : dict
+        source and sha256 of the audio; shard and key of its frames; file to write in `out`.
+    weights : str
+        Model file.
+    model_sha256 : str
+        Hash that it must have.
+    out : str
+        Folder.
+    dtype : {"float32", "float16"}
+
+    Returns
+    -------
+    int
+        Number of frames.
+    """
+    model, file = _remembered(weights, model_sha256), Path(out) / job["file"]
+    origin = Origin(model.cqt, job["source"], job["sha256"], model_sha256)
+    n_frames, blocks = read_blocks(job["shard"], job["key"])
+    if not _holds(file, n_frames, origin, dtype):
+        write(file, extract_blocks(blocks, model), (n_frames, model.sizes.n_maps), origin, dtype)
+    return n_frames
+
+
+def feature_names(paths):
+    """A readable name for each path's features, without suffix: all different, even where case doesn't count.
+
+    The name is the path's stem, what is not a letter, digit or one of ``_.+-`` replaced. Paths that would share a name all get
+    the first digits of their path's hash behind it, as does a stem that looks as if it had them: one path's name
+    never depends on the order of the others.
+
+    Parameters
+    ----------
+    paths : iterable of str
+
+    Returns
+    -------
+    dict of str to str
+    """
+    stems = {path: _readable(Path(path).stem) for path in paths}
+    shared = Counter(stem.casefold() for stem in stems.values())
+    hashes = {path: hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest() for path in stems}
+    marked = {path for path, stem in stems.items() if shared[stem.casefold()] > 1 or re.search("-[0-9a-f]{8,}$", stem, re.I)}
+    for digits in range(8, 65, 8):
+        names = {path: f"{stem}-{hashes[path][:digits]}" if path in marked else stem for path, stem in stems.items()}
+        if len({name.casefold() for name in names.values()}) == len(names):
+            return names
+    raise AssertionError("two paths have one hash")
+
+
+def _model(model):
+    return model if isinstance(model, Model) else load_model(model)
+
+
+def _mono(samples, sample_rate):
+    """Samples of a stranger as float32 (n,)."""
+    rate_fits = isinstance(sample_rate, int | float | np.number) and 1000 <= sample_rate <= 768_000
+    if not rate_fits:
+        raise AudioError(f"sample_rate: got {sample_rate!r}, allowed: 1000 to 768000 Hz")
+    try:
+        samples = np.asarray(samples)
+    except ValueError:  # ragged
+        samples = np.empty(0, object)
+    if samples.dtype.kind not in "iuf":
+        raise AudioError(f"samples: of type {samples.dtype}; give an array of real numbers")
+    if samples.ndim not in (1, 2) or samples.size == 0:
+        raise AudioError(f"samples: of shape {samples.shape}; give (n,) or (n, channels), not empty")
+    if samples.ndim == 2 and samples.shape[1] > min(64, len(samples)):
+        raise AudioError(f"samples: of shape {samples.shape}, so {samples.shape[1]} channels; give (n, channels), perhaps samples.T")
+    with np.errstate(over="ignore"):
+        mono = audio.mono(samples)
+    if not np.isfinite(mono).all():
+        raise AudioError("samples: NaN, infinite or too large; clean them first")
+    return mono
+
+
+def _watched(path, sample_rate):
+    """The blocks of an audio file, with a bar once it has taken 2 s."""
+    with tqdm(total=round(audio.claimed_seconds(path)), desc=Path(path).name, unit="s", delay=2, mininterval=0.5) as bar:
+        for block in audio.blocks(path, sample_rate):
+            yield block
+            bar.update(len(block) / sample_rate)
+
+
+def _read_index(file):
+    try:
+        index = read_json(file)
+        return {"convert": index["convert"], "skipped": index["skipped"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FormatError(f"{file}: missing or damaged; run `dvc repro index`") from None
+
+
+def _same_cqt(models, shards, weights, folder):
+    """Features of frames that the model was not made for would be noise."""
+    if shards is None:
+        raise FormatError(f"{folder}: holds no frames; run `dvc repro preprocess`")
+    models, shards = models.model_dump(), shards.model_dump()
+    differing = [f"cqt.{key} is {shards[key]}, the model's is {models[key]}" for key in models if models[key] != shards[key]]
+    if differing:
+        raise ParamsError(f"{weights}: takes other frames ({'; '.join(differing)}); set the model's values in params.yaml, or train again")
+
+
+@lru_cache(maxsize=1)
+def _remembered(weights, sha256):
+    """The model, read once in each process."""
+    model = load_model(weights)
+    if model.sha256 != sha256:
+        raise FormatError(f"{weights}: changed while it was used; run again")
+    return model
+
+
+def _holds(file, n_frames, origin, dtype):
+    try:
+        header = validate(file)
+    except FormatError:
+        return False
+    return (header.n_frames, header.origin, header.dtype) == (n_frames, origin, dtype)
+
+
+def _forget(out, files):
+    """Remove the features that the folder's last index lists and that are no longer wanted."""
+    try:
+        before = {track["file"] for track in read_json(out / "index.json")["tracks"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in before - files:
+        if Path(name).name == name and name.endswith(".h5"):
+            (out / name).unlink(missing_ok=True)
+
+
+def _readable(stem):
+    """A stem that every file system takes: letters and digits of any script, no leading dot or dash, a bounded length."""
+    plain = re.sub(r"[^\w.+-]+", "_", unicodedata.normalize("NFKC", stem))
+    return plain.encode()[:_STEM].decode(errors="ignore").strip("._-") or "track"

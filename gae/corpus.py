@@ -1,0 +1,764 @@
+"""The built-in demo music: scores that music21 ships, played with the SoundFont that pretty_midi ships.
+
+A score is read into notes; a seeded performance gives every note its time and its loudness; a synthesiser plays the
+performance in several takes. For training these are *views*: one performance in other sounds and keys, equal in timing.
+For evaluation a piece is played as written, the same transposed, and once more as another player would in another sound.
+Repeat signs, ornaments and grace notes are not played.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import shutil
+import warnings
+import zlib
+from collections import deque
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from tqdm import tqdm
+
+from gae.compute import executor
+from gae.errors import ParamsError
+from gae.files import content_hash, digest, read_json, write_json
+
+SAMPLE_RATE = 22_050  # Hz
+HELDOUT_SHIFT = 6  # semitones: a held-out piece is transposed by at most this
+
+_PLAYERS = ("music21", "midirenderer", "pretty_midi", "soundfile", "soxr")  # packages that decide how a piece sounds
+_SECONDS = (20.0, 210.0)  # shorter pieces are left out, longer ones end early
+_LEAD_IN, _TAIL = 0.25, 1.0  # s before the first note and after the last
+_PEAK = 0.8  # of full scale
+_COMPASS = (27, 96)  # MIDI pitches a score may hold
+_CHANNELS = 15  # parts that sound at once: the 16 of MIDI without the drums
+# Unrelated chorales have less than 0.25 of their phrases of 8 intervals in common, harmonisations of one melody 0.4 to 1.
+_PHRASE, _ALIKE, _FEW = 8, 0.3, 20  # intervals; share above which melodies count as one; phrases that make up a melody
+
+
+# ---- what is played
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Scores of one kind: their share among the pieces, their tempo in quarter notes a minute, and where they are.
+
+    `sources` are pairs of composer (None: as the score says) and a pattern of paths in music21's corpus.
+    """
+
+    name: str
+    share: float
+    tempo: tuple
+    sources: tuple
+
+
+KINDS = (
+    Kind("chorale", 4, (60, 88), (("Johann Sebastian Bach", "bach/*.mxl"),)),
+    Kind(
+        "quartet",
+        4,
+        (84, 144),
+        (
+            ("Joseph Haydn", "haydn/*/*.mxl"),
+            ("Wolfgang Amadeus Mozart", "mozart/k80/*.mxl"),
+            ("Wolfgang Amadeus Mozart", "mozart/k15?/*.mxl"),
+            ("Wolfgang Amadeus Mozart", "mozart/k458/*.mxl"),
+            ("Ludwig van Beethoven", "beethoven/*.mxl"),
+            ("Ludwig van Beethoven", "beethoven/*/*.mxl"),
+            ("Robert Schumann", "schumann_robert/opus41no1/*.mxl"),
+        ),
+    ),
+    Kind(
+        "madrigal",
+        2,
+        (100, 140),
+        (("Claudio Monteverdi", "monteverdi/*[0-9].mxl"), ("Vicente Lusitano", "lusitano/*.mxl")),
+    ),
+    Kind("mass", 3, (130, 180), (("Giovanni Pierluigi da Palestrina", "palestrina/*.krn"),)),
+    Kind("chanson", 1, (120, 160), (("Josquin des Prez", "josquin/*.abc"),)),
+    Kind("trecento", 1, (76, 104), ((None, "trecento/*.xml"),)),
+    Kind("tune", 1, (110, 160), (("traditional", "ryansMammoth/*.abc"),)),
+    Kind(
+        "piano",
+        2,
+        (80, 132),
+        (
+            ("Carl Philipp Emanuel Bach", "cpebach/*.mxl"),
+            ("Wolfgang Amadeus Mozart", "mozart/k545/*.mxl"),
+            ("Frédéric Chopin", "chopin/*.krn"),
+            ("Clara Schumann", "schumann_clara/*.mxl"),
+            ("Arnold Schoenberg", "schoenberg/*/*.mxl"),
+        ),
+    ),
+    Kind("ragtime", 1, (84, 108), (("Scott Joplin", "joplin/*.mxl"), ("Irving Berlin", "leadSheet/berlin*.mxl"))),
+    Kind(
+        "song",
+        2,
+        (66, 108),
+        (
+            ("George Frideric Handel", "handel/*/*.mxl"),
+            ("Franz Schubert", "schubert/*.xml"),
+            ("Robert Schumann", "schumann_robert/*.xml"),
+            ("Stephen Foster", "leadSheet/foster*.mxl"),
+            ("Giuseppe Verdi", "verdi/*.mxl"),
+            ("Liliʻuokalani", "liliuokalani/*.mxl"),
+            ("Amy Beach", "beach/*.musicxml"),
+            ("J. Rosamond Johnson", "johnson_j_r/*.mxl"),
+            ("Anton Webern", "webern/*.mxl"),
+        ),
+    ),
+    Kind("trio", 1, (72, 120), (("Clara Schumann", "schumann_clara/*/*.xml"), ("Arcangelo Corelli", "corelli/*/*.xml"))),
+)
+
+# General MIDI programs, from 0. Left out are drums and effects, and what this SoundFont plays out of tune.
+FAMILIES = {
+    "piano": (0, 1, 2, 3, 4, 5),
+    "keyboard": (6, 7, 10, 11),
+    "organ": (16, 18, 19, 20),  # the first three with a stop an octave below
+    "plucked": (24, 25, 26, 27, 45, 46, 104, 105, 107),
+    "strings": (40, 41, 42, 43, 110),
+    "ensemble": (44, 48, 49, 50, 51, 52, 53, 54),
+    "brass": (56, 57, 58, 59, 60, 61, 62, 63),
+    "reed": (64, 66, 68, 69, 70, 71, 109, 111),
+    "pipe": (72, 73, 74, 75, 79),
+    "synth": (80, 81, 82, 83, 85, 90, 91, 94),
+}
+FAMILY_SHARES = {"piano": 4.0}  # 1 for the others
+
+# MIDI pitches that a program plays in tune and in time, where it is not all of 30..102
+COMPASSES = {
+    11: (33, 102), 54: (30, 92), 57: (30, 95), 58: (30, 97), 59: (30, 96), 60: (30, 96), 61: (30, 93), 62: (30, 93), 63: (30, 93),
+    68: (40, 96), 72: (60, 102), 73: (48, 102), 74: (55, 102), 75: (48, 102), 81: (30, 90), 83: (30, 92),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A score that can be played. Pieces of one `work` never stand on both sides of the split."""
+
+    id: str
+    kind: str
+    work: str
+    composer: str | None
+    source: str
+    tempo: tuple
+
+
+def catalogue():
+    """All pieces of all kinds.
+
+    Returns
+    -------
+    list of Piece
+        In a fixed order.
+    """
+    pieces, root = [], _package("music21") / "corpus"
+    for kind in KINDS:
+        for composer, pattern in kind.sources:
+            for path in sorted(root.glob(pattern)):
+                source = path.relative_to(root)
+                name = re.sub(r"[^a-z0-9.]+", "-", source.with_suffix("").as_posix().lower()).strip("-")
+                pieces.append(Piece(name, kind.name, _work(root, source), composer, source.as_posix(), kind.tempo))
+    return pieces
+
+
+def _work(root, source):
+    """What a score is part of: the mass it names, the folder of its movements, or itself."""
+    if source.suffix == ".krn":
+        named = re.search(r"^!!!OPR:\s*(.+?)\s*$", (root / source).read_text("latin-1"), re.MULTILINE)
+        if named:
+            return named[1]
+    return (source.parent if len(source.parts) > 2 else source.with_suffix("")).as_posix()
+
+
+def _package(name):
+    """The folder of an installed package, found without importing it."""
+    return Path(importlib.util.find_spec(name).submodule_search_locations[0])
+
+
+# ---- scores to notes
+
+NOTE = np.dtype([("onset", float), ("length", float), ("part", int), ("pitch", int)])  # quarter notes; MIDI pitch
+
+
+class Unplayable(Exception):
+    """A score that can't be read, or that is left out; the message says why."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is written: `notes` (n,) of dtype NOTE by onset; `beats` (m,) and `tempo` in quarter notes (a minute)."""
+
+    title: str
+    composer: str
+    tempo: float | None
+    notes: np.ndarray
+    beats: np.ndarray
+
+    def until(self, end):
+        """The score up to a time in quarter notes."""
+        notes = self.notes[self.notes["onset"] < end]
+        notes["length"] = np.minimum(notes["length"], end - notes["onset"])
+        return replace(self, notes=notes)
+
+
+def read_score(piece):
+    """Parse a score of music21's corpus.
+
+    Parameters
+    ----------
+    piece : Piece
+
+    Returns
+    -------
+    Score
+        `beats` are those on which a note begins.
+
+    Raises
+    ------
+    Unplayable
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an encoder's slips, which music21 mends
+        try:
+            score = _parse(_package("music21") / "corpus" / piece.source)
+            notes = [note for number, part in enumerate(score.parts) for note in _notes(part, number)]
+            beats = _beats(score.parts[0])
+            tempo = _tempo_mark(score)
+        except Unplayable:
+            raise
+        except Exception as error:  # music21 raises whatever a malformed score leads to
+            raise Unplayable(f"music21 can't read it ({type(error).__name__})") from error
+    notes = np.sort(np.array(notes, NOTE), order=["onset", "part", "pitch"])
+    _check(notes)
+    notes["part"] = np.unique(notes["part"], return_inverse=True)[1] % _CHANNELS
+    begun = np.isin(beats.round(3), notes["onset"].round(3))
+    return Score(_title(piece), piece.composer or _composer(score), tempo, notes, beats[begun])
+
+
+def _parse(path):
+    from music21 import converter, stream
+
+    score = converter.parse(path, forceSource=True, storePickle=False)
+    if isinstance(score, stream.Opus):  # each voice a score of its own
+        score = score.mergeScores()
+    if any(i.transposition and i.transposition.semitones % 12 for i in score.recurse().getElementsByClass("Instrument")):
+        raise Unplayable("is written for transposing instruments")
+    return score
+
+
+def _notes(part, number):
+    """The notes of a part as NOTE, tied ones joined."""
+    from music21 import harmony
+
+    notes, tied = [], {}
+    for element in part.flatten().notes:
+        if isinstance(element, harmony.Harmony) or not element.quarterLength:  # chord symbols and grace notes
+            continue
+        onset, length = float(element.offset), float(element.quarterLength)
+        for note in element.notes if element.isChord else [element]:
+            if not hasattr(note, "pitch"):  # unpitched percussion
+                continue
+            pitch, tie = note.pitch.midi, note.tie.type if note.tie else None
+            before = tied.pop(pitch, None)
+            if before is not None and tie in ("stop", "continue") and abs(sum(notes[before][:2]) - onset) < 1e-3:
+                notes[before] = (notes[before][0], onset + length - notes[before][0], number, pitch)
+            else:
+                before = len(notes)
+                notes.append((onset, length, number, pitch))
+            if tie in ("start", "continue"):
+                tied[pitch] = before
+    return notes
+
+
+def _beats(part):
+    """Offsets of the beats of a part's measures, as the time signatures count them, in quarter notes: float64 (n,)."""
+    beats, step = [np.zeros(0)], 1.0
+    for measure in part.getElementsByClass("Measure"):
+        if measure.timeSignature is not None:
+            step = float(measure.timeSignature.beatDuration.quarterLength)
+        upbeat = -float(measure.paddingLeft) % step
+        beats.append(float(measure.offset) + np.arange(upbeat, float(measure.duration.quarterLength) - 1e-3, step))
+    return np.concatenate(beats)
+
+
+def _tempo_mark(score):
+    """The first metronome mark in quarter notes a minute, or None."""
+    for mark in score.recurse().getElementsByClass("MetronomeMark"):
+        tempo = mark.getQuarterBPM() if mark.number else None
+        if tempo and 40 <= tempo <= 200:
+            return float(tempo)
+    return None
+
+
+def _check(notes):
+    if len(notes) < 20:
+        raise Unplayable("has fewer than 20 notes")
+    lowest, highest = notes["pitch"].min(), notes["pitch"].max()
+    if lowest < _COMPASS[0] or highest > _COMPASS[1]:
+        raise Unplayable(f"goes from MIDI pitch {lowest} to {highest}, beyond {_COMPASS[0]} to {_COMPASS[1]}")
+
+
+def _title(piece):
+    """Where the score stands: what it says of itself is too often the name of a voice or of a file."""
+    place = piece.source.rpartition(".")[0].replace("_", " ").split("/")[1:]
+    named_by_score = piece.work not in piece.source
+    return ", ".join([piece.work] * named_by_score + place)
+
+
+def _composer(score):
+    named = score.metadata.composer if score.metadata else None
+    return named.splitlines()[0].strip() if named else "anonymous"
+
+
+# ---- notes to a performance
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How freely a player plays.
+
+    Spreads (standard deviations) of the tempo (as a ratio), of onsets (s), and of MIDI velocities in their slow course and from
+    note to note; how much slower the last bar ends (a share); for which shares of their length notes are held.
+    """
+
+    rubato: float
+    jitter: float
+    dynamics: float
+    accents: float
+    slowing: float
+    held: tuple
+
+
+STEADY = Manner(rubato=0.03, jitter=0.0, dynamics=5.0, accents=3.0, slowing=0.2, held=(0.93, 0.99))
+HUMAN = Manner(rubato=0.1, jitter=0.012, dynamics=10.0, accents=6.0, slowing=0.35, held=(0.8, 1.0))
+
+
+@dataclass(frozen=True)
+class Performance:
+    """When and how loudly each note of a score sounds.
+
+    `onsets`, `ends` (n,) in s and `velocities` (n,) belong to the notes; `quarters`, `seconds` (m,) are the course of time.
+    """
+
+    onsets: np.ndarray
+    ends: np.ndarray
+    velocities: np.ndarray
+    quarters: np.ndarray
+    seconds: np.ndarray
+
+    @property
+    def duration(self):
+        """Length in s with the last sounds' decay."""
+        return round(float(self.ends.max()) + _TAIL, 3)
+
+    def times(self, quarters):
+        """Times in s of offsets in quarter notes."""
+        return np.interp(quarters, self.quarters, self.seconds)
+
+
+def perform(notes, tempo, manner, rng):
+    """Play notes as a player would, with a smooth course of tempo that slows down at the end.
+
+    Parameters
+    ----------
+    notes : ndarray of NOTE, shape (n,)
+    tempo : float
+        Quarter notes a minute.
+    manner : Manner
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    Performance
+    """
+    step, end = 0.25, (notes["onset"] + notes["length"]).max()
+    quarters = np.arange(0, end + 2 * step, step)
+    rate = tempo * np.exp(manner.rubato * _wander(quarters, rng))
+    rate *= 1 - manner.slowing * np.clip((quarters - end + 4) / 4, 0, 1) ** 2
+    seconds = _LEAD_IN + np.concatenate([[0], np.cumsum(60 / rate[:-1] * step)])
+
+    written = np.interp(notes["onset"], quarters, seconds)
+    until = np.interp(notes["onset"] + notes["length"], quarters, seconds)
+    onsets = written + manner.jitter * rng.standard_normal(len(notes)).clip(-2.5, 2.5)
+    ends = onsets + np.maximum(0.05, (until - written) * rng.uniform(*manner.held, len(notes)))
+    loudness = 82 + manner.dynamics * _wander(notes["onset"], rng) + manner.accents * rng.standard_normal(len(notes))
+    return Performance(onsets, ends, loudness.clip(36, 118).round().astype(int), quarters, seconds)
+
+
+def _wander(x, rng):
+    """A smooth curve over x (quarter notes) of unit variance, with periods of a bar or two up to a section: float64 (n,)."""
+    periods, phases = np.exp(rng.uniform(np.log(6), np.log(64), 4)), rng.random(4)
+    return np.sin(2 * np.pi * (x[:, None] / periods + phases)).sum(axis=1) / np.sqrt(2)
+
+
+# ---- a performance to sound
+
+
+@dataclass(frozen=True)
+class Take:
+    """One recording: a performance, the General MIDI program of each part, and a transposition in semitones."""
+
+    performance: Performance
+    programs: tuple
+    k: int
+
+
+def draw_programs(family, notes, shifts, rng):
+    """Choose a sound for each part: one for all, of one family, or mixed; only ones that have all the notes.
+
+    Parameters
+    ----------
+    family : str
+        The first part's; a piano plays all the parts.
+    notes : ndarray of NOTE, shape (n,)
+    shifts : sequence of int
+        Transpositions that the sounds must reach, in semitones.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    tuple of int
+        General MIDI programs from 0, one a part.
+    """
+    parts = [notes["pitch"][notes["part"] == part] for part in range(notes["part"].max() + 1)]
+    scoring = rng.choice(["one", "family", "mixed"], p=[0.5, 0.25, 0.25])
+    if scoring == "one" or family == "piano":
+        return (_draw_program(family, notes["pitch"], shifts, rng),) * len(parts)
+    others = rng.choice(list(FAMILIES), len(parts) - 1) if scoring == "mixed" else [family] * (len(parts) - 1)
+    return tuple(_draw_program(name, pitches, shifts, rng) for name, pitches in zip([family, *others], parts, strict=True))
+
+
+def _draw_program(family, pitches, shifts, rng):
+    """A sound of the family that has all the pitches; a piano if none has."""
+    lowest, highest = pitches.min() + min(shifts), pitches.max() + max(shifts)
+    reaching = [p for p in FAMILIES[family] if COMPASSES.get(p, (0, 127))[0] <= lowest and highest <= COMPASSES.get(p, (0, 127))[1]]
+    return int(rng.choice(reaching or FAMILIES["piano"]))
+
+
+def draw_families(count, rng):
+    """Different families of sounds, as many as there are at most, then again: list of str."""
+    shares = np.array([FAMILY_SHARES.get(name, 1.0) for name in FAMILIES])
+    names = rng.choice(list(FAMILIES), len(FAMILIES), replace=False, p=shares / shares.sum()).tolist()
+    return [names[n % len(names)] for n in range(count)]
+
+
+def synthesise(notes, take, duration):
+    """Play a take.
+
+    Parameters
+    ----------
+    notes : ndarray of NOTE, shape (n,)
+    take : Take
+    duration : float
+        Length in s.
+
+    Returns
+    -------
+    ndarray of float32, shape (round(duration * SAMPLE_RATE),)
+        Mono, with a peak of 0.8.
+    """
+    import midirenderer
+
+    wave = midirenderer.render_wave_from(_soundfont(), _midi(notes, take, duration))
+    samples, rate = soundfile.read(io.BytesIO(wave), dtype="float32")
+    samples = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
+    count = round(duration * SAMPLE_RATE)
+    samples = np.pad(samples, (0, max(0, count - len(samples))))[:count]
+    peak = np.abs(samples).max()
+    if peak < 1e-3:
+        raise Unplayable("is silent")
+    return samples * np.float32(_PEAK / peak)
+
+
+@functools.cache
+def _soundfont():
+    return (_package("pretty_midi") / "TimGM6mb.sf2").read_bytes()
+
+
+def _midi(notes, take, duration):
+    """A take as the bytes of a MIDI file, one channel a part, to the millisecond."""
+    import pretty_midi
+
+    midi = pretty_midi.PrettyMIDI(resolution=1000, initial_tempo=60)
+    midi.instruments = [pretty_midi.Instrument(program) for program in take.programs]
+    played = take.performance
+    for note, onset, end, velocity in zip(notes, played.onsets, played.ends, played.velocities, strict=True):
+        midi.instruments[note["part"]].notes.append(pretty_midi.Note(int(velocity), int(note["pitch"]) + take.k, onset, end))
+    for instrument in midi.instruments:
+        _separate(instrument.notes)
+    # the synthesiser stops at the last event: a pedal that was never down keeps it listening to the decay
+    midi.instruments[0].control_changes.append(pretty_midi.ControlChange(64, 0, duration))
+    file = io.BytesIO()
+    midi.write(file)
+    return file.getvalue()
+
+
+def _separate(notes, gap=0.005):
+    """End a note before its key is struck again: one that sounds on would swallow the next."""
+    sounding = {}
+    for note in sorted(notes, key=lambda note: note.start):
+        before = sounding.get(note.pitch)
+        if before is not None:
+            before.end = min(before.end, max(before.start + gap, note.start - gap))
+        sounding[note.pitch] = note
+
+
+# ---- a piece to files
+
+
+def render_piece(piece, split, lead, folder, params):
+    """Render the takes of a piece, unless they are there: the unit of work.
+
+    Parameters
+    ----------
+    piece : Piece
+    split : str
+        "train" or "heldout".
+    lead : str or None
+        Family of the first take's sounds; None draws one.
+    folder : Path
+        Where the files go; it appears whole or not at all.
+    params : gae.params.Corpus
+
+    Returns
+    -------
+    dict
+        What is in the folder, as ``piece.json`` there has it, or ``{"id": ..., "left_out": reason}``.
+    """
+    spec = _spec(piece, split, lead, params)
+    record = folder / "piece.json"
+    if record.exists() and (report := read_json(record))["spec"] == spec:
+        return report
+    try:
+        report, audio = _render(piece, split, lead, params)
+    except Unplayable as reason:
+        return {"id": piece.id, "left_out": str(reason)}
+    report["spec"] = spec
+    _write_folder(folder, report, audio)
+    return report
+
+
+def _spec(piece, split, lead, params):
+    """Digest of all that decides how a piece sounds: this code and its packages among it."""
+    versions = {name: importlib.metadata.version(name) for name in _PLAYERS}
+    asked = [params.views, params.view_transposition] if split == "train" else []
+    return digest([asdict(piece), split, lead, params.seed, asked, versions, content_hash(__file__)])
+
+
+def _render(piece, split, lead, params):
+    """Report on a piece, and its recordings as a dictionary of name to samples."""
+    score = read_score(piece)
+    rng = np.random.default_rng([params.seed, zlib.crc32(piece.id.encode())])
+    tempo = (score.tempo or rng.uniform(*piece.tempo)) * np.exp(0.05 * rng.standard_normal())
+    score = score.until((_SECONDS[1] - 2 * _TAIL) * tempo / 60)
+    steady = perform(score.notes, tempo, STEADY, rng)
+    if steady.duration < _SECONDS[0]:
+        raise Unplayable(f"lasts {steady.duration:.0f} s only")
+    report = {
+        **{name: getattr(piece, name) for name in ("id", "kind", "work", "source")},
+        **{"title": score.title, "composer": score.composer, "split": split, "duration_s": steady.duration},
+        "melodies": _melodies(score.notes),
+    }
+    if split == "train":
+        takes = _views(score, steady, params, rng)
+    else:
+        takes = _evaluation_takes(score, steady, tempo, lead, rng)
+        report["k"] = takes["transposed"].k
+        report["beats"] = _beat_times(score, steady, takes["performance"].performance)
+    report["sounds"] = {name: _sounds(take) for name, take in takes.items()}
+    return report, {name: synthesise(score.notes, take, take.performance.duration) for name, take in takes.items()}
+
+
+def _views(score, steady, params, rng):
+    """The takes of a training piece: one performance in other sounds, the first in the written key."""
+    n = params.view_transposition
+    shifts = [0, *rng.integers(-n, n + 1, params.views - 1).tolist()]
+    families = draw_families(params.views, rng)
+    return {
+        str(number): Take(steady, draw_programs(family, score.notes, [k], rng), k)
+        for number, (family, k) in enumerate(zip(families, shifts, strict=True), start=1)
+    }
+
+
+def _evaluation_takes(score, steady, tempo, lead, rng):
+    """The takes of a held-out piece: as written, transposed, and another performance in another sound."""
+    families = draw_families(len(FAMILIES), rng)
+    lead = lead or next(family for family in families if family != "piano")
+    other = next(family for family in families if family != lead)
+    k = int(rng.choice([k for k in range(-HELDOUT_SHIFT, HELDOUT_SHIFT + 1) if k]))
+    programs = draw_programs(lead, score.notes, (min(k, 0), max(k, 0)), rng)
+    human = perform(score.notes, tempo * np.exp(0.12 * np.clip(rng.standard_normal(), -2, 2)), HUMAN, rng)
+    return {
+        "original": Take(steady, programs, 0),
+        "transposed": Take(steady, programs, k),
+        "performance": Take(human, draw_programs(other, score.notes, [0], rng), 0),
+    }
+
+
+def _beat_times(score, steady, human):
+    """Times in s of the same beats in the score's rendering and in the performance."""
+    beats = score.beats[score.beats <= score.notes["onset"].max()]
+    return {"score": steady.times(beats).round(4).tolist(), "performance": human.times(beats).round(4).tolist()}
+
+
+def _sounds(take):
+    from pretty_midi import program_to_instrument_name
+
+    return {"k": take.k, "programs": list(take.programs), "names": [program_to_instrument_name(program) for program in take.programs]}
+
+
+def _write_folder(folder, report, audio):
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, samples in audio.items():
+        soundfile.write(partial / f"{name}.flac", samples, SAMPLE_RATE, subtype="PCM_16")
+    write_json(partial / "piece.json", report)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+# ---- which pieces
+
+
+def render_corpus(out, params, compute):
+    """Render as much music as the parameters ask for, and describe it in ``corpus.json``.
+
+    What an earlier run left is kept where it is still right, and removed where not.
+
+    Parameters
+    ----------
+    out : Path
+        Folder for ``train/<piece>/<view>.flac``, ``heldout/<piece>/{original,transposed,performance}.flac`` and ``corpus.json``.
+    params : gae.params.Corpus
+    compute : gae.params.Compute
+
+    Returns
+    -------
+    dict
+        As ``corpus.json``: ``pieces``, and ``left_out`` with the reasons.
+
+    Raises
+    ------
+    ParamsError
+        If there is less music than asked for.
+    """
+    out, pieces, heldout, train = Path(out), catalogue(), [], []
+    with executor(compute) as pool:
+        ahead = 2 * (compute.workers or os.cpu_count())
+        jobs = _jobs("heldout", _heldout_candidates(pieces, params.seed), out, params)
+        left_out = _gather(_in_order(pool, jobs, ahead), heldout, heldout, params.heldout, lambda report: 1, "held-out pieces")
+        works = {report["work"] for report in heldout}
+        rest = [piece for piece in pieces if piece.work not in works]
+        jobs = _jobs("train", _training_candidates(rest, params.seed), out, params)
+        seconds = round(params.hours * 3600)
+        left_out += _gather(_in_order(pool, jobs, ahead), train, heldout, seconds, lambda report: report["duration_s"], "seconds of music")
+    _keep_only(out, heldout + train)
+    index = {
+        "pieces": [{key: value for key, value in report.items() if key not in ("melodies", "spec")} for report in heldout + train],
+        "left_out": left_out,
+    }
+    write_json(out / "corpus.json", index)
+    return index
+
+
+def _heldout_candidates(pieces, seed):
+    """One piece of each work, kind by kind, every other one to be played on the piano: pairs of piece and family."""
+    order = _interleave(pieces, np.random.default_rng([seed, 0]), lambda kind: 1)
+    first_of_work = {piece.work: piece for piece in reversed(order)}
+    once = [piece for piece in order if first_of_work[piece.work] is piece]
+    return [(piece, None if number % 2 else "piano") for number, piece in enumerate(once)]
+
+
+def _training_candidates(pieces, seed):
+    return [(piece, None) for piece in _interleave(pieces, np.random.default_rng([seed, 1]), lambda kind: kind.share)]
+
+
+def _interleave(pieces, rng, share):
+    """The pieces in random order such that every beginning holds the kinds in their shares, as far as they reach."""
+    ranked = []
+    for kind in KINDS:
+        own = [piece for piece in pieces if piece.kind == kind.name]
+        ranks = (rng.permutation(len(own)) + rng.random(len(own))) / share(kind)
+        ranked += zip(ranks, own, strict=True)
+    return [piece for _, piece in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _jobs(split, candidates, out, params):
+    return [(piece, split, lead, out / split / piece.id, params) for piece, lead in candidates]
+
+
+def _in_order(pool, jobs, ahead):
+    """Yield the reports of `render_piece` in the order of the jobs, with some more jobs under way."""
+    waiting = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(render_piece, *job))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _gather(reports, chosen, rivals, goal, size, label):
+    """Add reports to `chosen` until their sizes reach the goal, and return what was left out, with reasons."""
+    left_out, total = [], 0
+    with closing(reports), tqdm(total=goal, desc=f"corpus: {label}", unit="", mininterval=0.5) as bar:
+        for report in reports:
+            reason = report.get("left_out") or _resemblance(report, rivals)
+            if reason:
+                left_out.append({"id": report["id"], "reason": reason})
+                continue
+            chosen.append(report)
+            total += size(report)
+            bar.update(min(goal, round(total)) - bar.n)
+            if total >= goal:
+                return left_out
+    raise ParamsError(f"corpus: {goal} {label} asked for, but the scores give only {total:.0f}; lower corpus.hours or corpus.heldout")
+
+
+def _resemblance(report, rivals):
+    """Why a piece is too much like one that is held out, or None."""
+    for rival in rivals:
+        if any(_alike(own, other) for own in report["melodies"] for other in rival["melodies"]):
+            return f"has a melody of {rival['id']}"
+    return None
+
+
+def _alike(melody, other):
+    """Whether two melodies share too many phrases, in whatever keys and rhythms."""
+    mine, theirs = _phrases(melody), _phrases(other)
+    return len(mine & theirs) > _ALIKE * max(_FEW, min(len(mine), len(theirs)))
+
+
+def _phrases(melody):
+    return {tuple(melody[start : start + _PHRASE]) for start in range(len(melody) - _PHRASE + 1)}
+
+
+def _melodies(notes):
+    """The steps of each part's upper voice in semitones, without repeated notes: list of lists of int."""
+    return [_steps(notes[notes["part"] == part]) for part in range(notes["part"].max() + 1)]
+
+
+def _steps(notes):
+    begins = np.unique(notes["onset"], return_index=True)[1]
+    steps = np.diff(np.maximum.reduceat(notes["pitch"], begins))
+    return steps[steps != 0].tolist()
+
+
+def _keep_only(out, reports):
+    """Remove the folders of pieces that are not, or no longer, chosen."""
+    kept = {out / report["split"] / report["id"] for report in reports}
+    for folder in [*out.glob("train/*"), *out.glob("heldout/*")]:
+        if folder not in kept:
+            shutil.rmtree(folder)

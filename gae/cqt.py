@@ -1,0 +1,148 @@
+"""Samples to frames: constant-Q magnitudes, compressed and standardised. Knows nothing of files.
+
+The transform runs over a fixed grid of overlapping pieces, so that a recording of any length takes the same memory and
+a frame's value never depends on how the samples arrived.
+"""
+
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import librosa
+import numpy as np
+
+_PIECE = 8192  # frames transformed at a time
+_ALIGN = 64  # pieces overlap by a multiple of this, so that every octave's decimation starts on the same samples
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The frames of one recording: how many, the largest magnitude, and `blocks()`, which gives them piece by piece."""
+
+    n_frames: int
+    peak: float
+    blocks: object
+
+
+def frames(samples, cqt):
+    """Standardised constant-Q frames of a recording.
+
+    Parameters
+    ----------
+    samples : ndarray of float32, shape (n_samples,)
+        Mono, at `cqt.sample_rate`.
+    cqt : gae.params.Cqt
+
+    Returns
+    -------
+    ndarray of float32, shape (1 + n_samples // cqt.hop_length, cqt.n_bins)
+        Frame t is centred at t * hop_length / sample_rate s and has zero mean and unit L2 norm; a silent one is zero.
+    """
+    with analyse([samples], cqt) as analysis:
+        return np.concatenate([np.zeros((0, cqt.n_bins), np.float32), *analysis.blocks()])
+
+
+@contextmanager
+def analyse(sample_blocks, cqt):
+    """Transform a recording that arrives in pieces.
+
+    Compression needs the largest magnitude of the whole, so the magnitudes wait in an unnamed temporary file: memory
+    stays the same for a song and for a day.
+
+    Parameters
+    ----------
+    sample_blocks : iterable of ndarray of float32, shape (n,)
+        Successive mono samples at `cqt.sample_rate`.
+    cqt : gae.params.Cqt
+
+    Yields
+    ------
+    Analysis
+        Valid inside the ``with`` block only.
+    """
+    with tempfile.TemporaryFile() as spool:
+        n_frames, peak = 0, 0.0
+        for piece in magnitude_blocks(sample_blocks, cqt):
+            piece.tofile(spool)
+            n_frames += len(piece)
+            peak = max(peak, float(piece.max(initial=0.0)))
+        spool.flush()
+
+        def blocks():
+            spool.seek(0)
+            for start in range(0, n_frames, _PIECE):
+                count = min(_PIECE, n_frames - start) * cqt.n_bins
+                piece = np.fromfile(spool, dtype=np.float32, count=count).reshape(-1, cqt.n_bins)
+                yield standardise(compress(piece, peak, cqt))
+
+        yield Analysis(n_frames, peak, blocks)
+
+
+def magnitude_blocks(sample_blocks, cqt):
+    """Constant-Q magnitudes, piece by piece.
+
+    Yields
+    ------
+    ndarray of float32, shape (n, cqt.n_bins)
+        Successive magnitudes, 1 + n_samples // hop_length in all.
+    """
+    margin = _margin(cqt) * cqt.hop_length
+    piece = _PIECE * cqt.hop_length
+    held, start, first = np.zeros(0, np.float32), 0, 0  # `held` begins at sample `start`; `first` is the next frame
+    for block in sample_blocks:
+        held = np.concatenate([held, block])
+        while start + len(held) >= first * cqt.hop_length + piece + margin:
+            yield _transform(held[: first * cqt.hop_length - start + piece + margin], start, first, _PIECE, cqt)
+            first += _PIECE
+            keep = max(0, first * cqt.hop_length - margin)
+            held, start = held[keep - start :], keep
+    rest = 1 + (start + len(held)) // cqt.hop_length - first
+    if start + len(held) > 0 and rest > 0:
+        # what is left may be up to a margin longer than one piece
+        for offset in range(0, rest, _PIECE):
+            keep = max(0, (first + offset) * cqt.hop_length - margin)
+            end = (first + offset) * cqt.hop_length + piece + margin
+            yield _transform(held[keep - start : end - start], keep, first + offset, min(_PIECE, rest - offset), cqt)
+
+
+def compress(magnitudes, peak, cqt):
+    """log(1 + gain c / peak) of magnitudes (n_frames, n_bins), or the magnitudes as they are."""
+    if cqt.compression == "none" or peak <= 0:
+        return magnitudes
+    return np.log1p(magnitudes * np.float32(cqt.gain / peak))
+
+
+def standardise(frames):
+    """Each frame (row of (n_frames, n_bins)) to zero mean and unit L2 norm; a constant frame becomes zero.
+
+    The "contrast normalisation" of Lattner, Grachten and Widmer (ISMIR 2018).
+    """
+    centred = frames - frames.mean(axis=1, keepdims=True)
+    norm = np.linalg.norm(centred, axis=1, keepdims=True)
+    return centred / np.where(norm < 1e-8, 1, norm)
+
+
+def frame_times(n_frames, cqt):
+    """Centres of the first `n_frames` frames in s: float64, shape (n_frames,)."""
+    return np.arange(n_frames) * cqt.frame_seconds
+
+
+def _margin(cqt):
+    """Frames of overlap: the longest filter on either side, and as much again for the decimators' tails."""
+    longest = cqt.sample_rate / cqt.fmin / (2 ** (1 / cqt.bins_per_octave) - 1)
+    return _ALIGN * int(np.ceil(longest / cqt.hop_length / _ALIGN))
+
+
+def _transform(samples, start, first, count, cqt):
+    """Magnitudes of `count` frames from frame `first` on, of samples that begin at sample `start`."""
+    shortest = _margin(cqt) * cqt.hop_length  # librosa refuses less; silence after the end changes nothing
+    transform = librosa.cqt(
+        np.pad(samples, (0, max(0, shortest - len(samples)))),
+        sr=cqt.sample_rate,
+        hop_length=cqt.hop_length,
+        fmin=cqt.fmin,
+        n_bins=cqt.n_bins,
+        bins_per_octave=cqt.bins_per_octave,
+    )
+    skip = first - start // cqt.hop_length
+    return np.ascontiguousarray(np.abs(transform).T[skip : skip + count], dtype=np.float32)

@@ -1,0 +1,289 @@
+"""Features judged on held-out music, next to plain ones: invariance, alignment, reconstruction, speed.
+
+Every held-out piece is there three times: as written, transposed by k semitones with the same timing, and performed in
+another sound with a timing of its own.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from gae import audio
+from gae.compute import map_tracks
+from gae.convert import convert_file
+from gae.cqt import compress, magnitude_blocks, standardise
+from gae.errors import FormatError, ParamsError
+from gae.features import extract_frames
+from gae.files import read_json, write_json
+from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, stack
+from gae.model import transpose
+from gae.modelfile import load_model
+
+LABELS = {
+    "gae": "gated autoencoder",
+    "cqt_shifted_back": "CQT shifted back by k",
+    "cqt": "CQT",
+    "chroma_best_shift": "chroma, best of 12 shifts",
+    "chroma": "chroma",
+}
+TOLERANCES = {"50ms": 0.05, "100ms": 0.1, "250ms": 0.25}
+_EXCERPT = 512  # frames rebuilt with one transposition
+
+
+def evaluate(params, corpus, model, training, out):
+    """Measure features on the held-out pieces of the built-in corpus, write the figures and print them as a table.
+
+    Parameters
+    ----------
+    params : gae.params.Params
+        Reads evaluate, train.shift and compute.
+    corpus : Path
+        Folder of `gae.corpus`.
+    model : Path
+        The model file to judge; its own CQT parameters are used throughout.
+    training : Path or None
+        Figures of the training, taken over under "training".
+    out : Path
+        JSON. All figures are in percent, but for the speeds; each is a mean over the pieces and stands with its standard
+        error, named `<figure>_se`, by bootstrap over the pieces:
+
+        invariance.<kind>.top1, top1_stacked
+            Frames whose counterpart in the transposed rendering is the nearest by cosine among all pieces' candidates, for
+            one frame and for `evaluate.stack` successive ones.
+        alignment.<kind>.{transposed,untransposed}.{50ms,100ms,250ms}
+            Beats that dynamic time warping of the score's rendering to the performance puts within the tolerance.
+        reconstruction.relative_error
+            Squared error, relative to the signal's power, of transposed frames rebuilt from the mapping of the untransposed.
+        speed.conversion_times_real_time
+            Seconds of audio that become features in a second, in one process, from the file on.
+
+    Raises
+    ------
+    FormatError
+        If the corpus or the model is missing or damaged.
+    ParamsError
+        If a piece is shorter than `evaluate.stack` frames.
+    """
+    pieces = heldout_pieces(corpus)
+    loaded = load_model(model)  # before any work, lest it be missing
+    settings = params.evaluate
+    arguments = (Path(corpus), Path(model), settings, params.train.shift)
+    reports = map_tracks(judge, list(enumerate(pieces)), params.compute, "evaluate", arguments)
+    figures = {
+        "pieces": len(pieces),
+        "invariance": _invariance(reports, settings),
+        "alignment": _alignment(reports, settings),
+        "reconstruction": _figure("relative_error", [report["reconstruction"] for report in reports], settings),
+        "speed": {"conversion_times_real_time": _conversion_speed(pieces, corpus, loaded)},
+    }
+    if training is not None:
+        figures["training"] = read_json(training)
+    write_json(out, figures)
+    print(table(figures))
+
+
+def heldout_pieces(corpus):
+    """The held-out pieces of a corpus: list of dict, as in its corpus.json."""
+    index = Path(corpus) / "corpus.json"
+    try:
+        pieces = [piece for piece in read_json(index)["pieces"] if piece["split"] == "heldout"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FormatError(f"{index}: missing or damaged; run `dvc repro corpus`") from None
+    if not pieces:
+        raise FormatError(f"{index}: holds no held-out piece; raise corpus.heldout and run `dvc repro corpus`")
+    return pieces
+
+
+def heldout_file(corpus, piece, take):
+    """The audio of a held-out piece; `take` is "original", "transposed" or "performance"."""
+    return Path(corpus) / "heldout" / piece["id"] / f"{take}.flac"
+
+
+def judge(item, corpus, model, settings, shift):
+    """Measure all that concerns one piece alone, and draw the frames that are to be found again among all pieces'.
+
+    Parameters
+    ----------
+    item : tuple of int and dict
+        Number (it seeds the draw) and entry of the piece.
+    corpus, model : Path
+    settings : gae.params.Evaluate
+    shift : int
+        Largest transposition of the reconstruction, in bins.
+
+    Returns
+    -------
+    dict
+        samples: for each kind of feature, stacks of the original and of the transposed rendering, each
+        (frames, stack, d); alignment: shares of beats, nothing where the score has none; reconstruction: relative error.
+    """
+    number, piece = item
+    model = load_model(model)
+    k = piece["takes"]["transposed"]["k"]
+    original, transposed, performance = (
+        _represent(heldout_file(corpus, piece, take), model, semitones)
+        for take, semitones in (("original", 0), ("transposed", k), ("performance", 0))
+    )
+    rng = np.random.default_rng([settings.seed, number])
+    starts = _draw(min(len(original["cqt"]), len(transposed["cqt"])), settings, rng, piece)
+    return {
+        "samples": {kind: (_sample(original[kind], starts, settings), _sample(transposed[kind], starts, settings)) for kind in LABELS},
+        "alignment": {
+            (kind, key): _beats_found(kind, score[kind], performance[kind], piece["beats"], model.cqt, settings)
+            for kind in LABELS
+            for key, score in (("transposed", transposed), ("untransposed", original))
+            if piece["beats"]["score"]
+        },
+        "reconstruction": reconstruction_error(original["cqt"], model.network, shift, rng),
+    }
+
+
+@torch.no_grad()
+def reconstruction_error(frames, network, shift, rng):
+    """How well the mapping of a passage rebuilds the same passage in another key.
+
+        sum_t |y_hat(m_t, S x_t) - S y_t|^2 / sum_t |S y_t|^2        m_t: mapping of x_t and y_t; S: transposition
+
+    Parameters
+    ----------
+    frames : ndarray of float32, shape (n_frames, n_bins)
+    network : GatedAutoencoder
+    shift : int
+        S is drawn anew for every 512 frames, from -shift to shift bins.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    float
+        0 is perfect, 1 is what silence gives.
+    """
+    frames = torch.from_numpy(frames)
+    x = torch.cat([frames[:1].expand(network.sizes.context, -1), frames])[:-1]
+    error = power = 0.0
+    for start in range(0, len(frames), _EXCERPT):
+        y = frames[start : start + _EXCERPT]
+        before = x[start : start + len(y) + network.sizes.context - 1]
+        bins = rng.integers(-shift, shift + 1)
+        target = transpose(y, bins)
+        rebuilt = network.reconstruct(network.mapping(before[None], y[None]), transpose(before, bins)[None])[0]
+        error += float((rebuilt - target).square().sum())
+        power += float(target.square().sum())
+    return error / power if power else 0.0
+
+
+def table(figures):
+    """The figures that `evaluate` writes as plain text: a line for each kind of feature, then the rest."""
+    names = [name.replace("ms", " ms") for name in TOLERANCES]
+    lines = [
+        _line(f"{figures['pieces']} held-out pieces", ["nearest of all", "", "beats, transposed", "", "", "beats, as written"]),
+        _line("percent ± standard error", ["1 frame", "stacked", *names, *names]),
+    ]
+    for kind, label in LABELS.items():
+        aligned = figures["alignment"][kind]
+        groups = (figures["invariance"][kind], aligned["transposed"], aligned["untransposed"])
+        cells = [f"{group[name]:5.1f} ± {group[name + '_se']:.1f}" for group in groups for name in group if not name.endswith("_se")]
+        lines.append(_line(label, cells))
+    rebuilt, speed = figures["reconstruction"], figures["speed"]
+    lines.append(f"\nreconstruction: error {rebuilt['relative_error']:.1f} ± {rebuilt['relative_error_se']:.1f} % of the signal's power")
+    lines.append(f"conversion: {speed['conversion_times_real_time']:.0f} times real time in one process")
+    return "\n".join(lines)
+
+
+def chroma(magnitudes, cqt):
+    """Magnitudes (n_frames, n_bins) folded into 12 pitch classes: (n_frames, 12). A bin between two semitones is shared."""
+    position = np.arange(cqt.n_bins) * 12 / cqt.bins_per_octave
+    lower = np.floor(position).astype(int)
+    fold = np.zeros((cqt.n_bins, 12), np.float32)
+    rows = np.arange(cqt.n_bins)
+    fold[rows, lower % 12] = 1 - (position - lower)
+    fold[rows, (lower + 1) % 12] += position - lower
+    return magnitudes @ fold
+
+
+def _represent(path, model, k):
+    """A recording that was transposed by k semitones, as each kind of feature: (n_frames, d) each."""
+    cqt = model.cqt
+    magnitudes = np.concatenate(list(magnitude_blocks(audio.blocks(path, cqt.sample_rate), cqt)))
+    compressed = compress(magnitudes, magnitudes.max(), cqt)
+    frames, folded = standardise(compressed), chroma(magnitudes, cqt)
+    shifted_back = transpose(torch.from_numpy(compressed), -round(k * cqt.bins_per_octave / 12)).numpy()
+    return {
+        "gae": extract_frames(frames, model),
+        "cqt_shifted_back": standardise(shifted_back),
+        "cqt": frames,
+        "chroma_best_shift": folded,
+        "chroma": folded,
+    }
+
+
+def _draw(n_frames, settings, rng, piece):
+    """Frames to look for: at random, all different, none so near the end that its stack is cut off."""
+    possible = n_frames - settings.stack + 1
+    if possible < 1:
+        raise ParamsError(f"evaluate.stack: got {settings.stack} frames, allowed: up to {n_frames}, the length of {piece['id']}")
+    return np.sort(rng.choice(possible, min(settings.frames, possible), replace=False))
+
+
+def _sample(values, starts, settings):
+    return stack(values, starts, settings.stack).reshape(len(starts), settings.stack, -1)
+
+
+def _versions(kind, values):
+    """A feature (..., d) in the versions of which the best counts: for chroma with the best shift all 12 rotations."""
+    return np.stack([np.roll(values, shift, axis=-1) for shift in range(12 if kind == "chroma_best_shift" else 1)])
+
+
+def _beats_found(kind, score, performance, beats, cqt, settings):
+    """Share of the performance's beats within each tolerance, when its beats are taken over from the aligned score."""
+    n = max(1, round(settings.alignment_hop / cqt.frame_seconds))
+    hop, first = n * cqt.frame_seconds, (n - 1) / 2 * cqt.frame_seconds  # spacing of the pooled frames and centre of the first
+    performance = pool(performance, n)
+    alignment = min((align(version, performance) for version in _versions(kind, pool(score, n))), key=lambda found: found.cost)
+    estimated = alignment.times(np.subtract(beats["score"], first), hop) + first
+    return beats_within(estimated, beats["performance"], TOLERANCES.values())
+
+
+def _invariance(reports, settings):
+    """Top-1 for each kind of feature, over the candidates of all pieces together."""
+    figures = {kind: {} for kind in LABELS}
+    for kind in tqdm(LABELS, desc="invariance", unit="feature", leave=False):
+        for name, n in (("top1", 1), ("top1_stacked", settings.stack)):
+            queries, candidates = (np.concatenate([report["samples"][kind][side][:, :n] for report in reports]) for side in (0, 1))
+            versions = _versions(kind, queries)
+            found = invariance_top1(versions.reshape(*versions.shape[:2], -1), candidates.reshape(len(candidates), -1))
+            ends = np.cumsum([len(report["samples"][kind][0]) for report in reports])
+            figures[kind] |= _figure(name, [part.mean() for part in np.split(found, ends[:-1])], settings)
+    return figures
+
+
+def _alignment(reports, settings):
+    def figures(kind, key):
+        shares = np.array([report["alignment"][kind, key] for report in reports if report["alignment"]])
+        return {name: value for n, column in enumerate(TOLERANCES) for name, value in _figure(column, shares[:, n], settings).items()}
+
+    return {kind: {key: figures(kind, key) for key in ("transposed", "untransposed")} for kind in LABELS}
+
+
+def _figure(name, values, settings):
+    """Mean over the pieces and its standard error, in percent."""
+    error = float(bootstrap(values, settings.bootstrap, settings.seed))
+    return {name: round(100 * float(np.mean(values)), 2), f"{name}_se": round(100 * error, 2)}
+
+
+def _conversion_speed(pieces, corpus, model):
+    """Seconds of audio that become a feature file in one second, in this process."""
+    files = [heldout_file(corpus, piece, "original") for piece in pieces]
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "features.h5"
+        convert_file(files[0], out, model)  # compiles and loads what later runs find ready
+        begun = perf_counter()
+        n_frames = sum(convert_file(file, out, model) for file in tqdm(files, desc="speed", unit="track", leave=False))
+        return round(n_frames * model.cqt.frame_seconds / (perf_counter() - begun), 1)
+
+
+def _line(label, cells):
+    return f"{label:<28}" + "".join(f"{cell:<13}" for cell in cells).rstrip()

@@ -1,0 +1,345 @@
+"""Frames to features, and the file that holds them.
+
+    <name>.h5    values  float32 or float16 (n_frames, n_maps): the mapping of frame t against the `context` frames before it
+                 times   float64 (n_frames,): centre of each frame, in s
+                 attributes: schema, source (path of the audio), source_sha256, model_sha256, cqt (JSON)
+
+Both datasets are stored in one piece and not compressed, so what a file claims can't exceed what it holds.
+"""
+
+import json
+import os
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from gae.cqt import frame_times
+from gae.errors import FormatError
+from gae.files import replacing
+from gae.params import Cqt
+
+SCHEMA = 1
+SUFFIXES = (".h5", ".npz", ".csv")
+_BLOCK = 512  # frames mapped at a time: their contexts just fit a core's cache
+_REMEDY = "convert the audio again"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where features come from.
+
+    Attributes
+    ----------
+    cqt : gae.params.Cqt
+        How the frames were made.
+    source : str
+        Path of the audio; empty where it was no file.
+    source_sha256, model_sha256 : str
+        Hash of the audio file and of the model file, 64 hexadecimal digits each; empty where there was none.
+    """
+
+    cqt: Cqt
+    source: str = ""
+    source_sha256: str = ""
+    model_sha256: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Transposition-invariant features of one recording, one row a frame.
+
+    Attributes
+    ----------
+    values : ndarray, shape (n_frames, n_maps)
+        In (-1, 1). Row t relates frame t to the frames just before it; it never looks ahead.
+    times : ndarray of float64, shape (n_frames,)
+        Centre of each frame in s.
+    origin : Origin
+    """
+
+    values: np.ndarray
+    times: np.ndarray
+    origin: Origin
+
+    def __len__(self):
+        return len(self.values)
+
+    def save(self, path):
+        """Write a .h5, .npz or .csv file; see `gae.features.write`."""
+        write(path, [self.values], self.values.shape, self.origin, self.values.dtype.name)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a feature file says of itself."""
+
+    n_frames: int
+    n_maps: int
+    dtype: str
+    origin: Origin
+
+
+def extract_frames(frames, model):
+    """Features of a recording's frames.
+
+    Parameters
+    ----------
+    frames : ndarray of float32, shape (n_frames, n_bins)
+        Standardised frames, made as the model asks.
+    model : gae.modelfile.Model or gae.model.GatedAutoencoder
+
+    Returns
+    -------
+    ndarray of float32, shape (n_frames, n_maps)
+    """
+    return np.concatenate([np.zeros((0, model.sizes.n_maps), np.float32), *extract_blocks([frames], model)])
+
+
+def extract_blocks(blocks, model):
+    """Features of a recording whose frames arrive block by block, in constant memory.
+
+    The frames are mapped over a fixed grid, so the result is the same, bit for bit, however they arrive.
+
+    Parameters
+    ----------
+    blocks : iterable of ndarray of float32, shape (n, n_bins)
+        Successive standardised frames; n may vary.
+    model : gae.modelfile.Model or gae.model.GatedAutoencoder
+
+    Yields
+    ------
+    ndarray of float32, shape (n, n_maps)
+        Successive features, as many as frames. Before the first frame stand copies of it.
+    """
+    mapping, context = _mapping(model), model.sizes.context
+    past = None
+    for frames in _regrid(blocks, _BLOCK):
+        if past is None:
+            past = np.repeat(frames[:1], context, axis=0)
+        joined = np.concatenate([past, frames], dtype=np.float32)
+        yield mapping(joined)
+        past = joined[-context:]
+
+
+def write(path, blocks, shape, origin, dtype="float32"):
+    """Write a feature file block by block, whole or not at all.
+
+    Parameters
+    ----------
+    path : str or Path
+        The suffix decides: .h5 is what `read` reads; .npz holds the same as arrays for `numpy.load`; .csv has a line a
+        frame, time in s and then the values, which Sonic Visualiser opens as a layer (see Notes).
+    blocks : iterable of ndarray, shape (n, n_maps)
+        Successive values.
+    shape : (int, int)
+        n_frames and n_maps of the whole.
+    origin : Origin
+    dtype : {"float32", "float16"}
+        How values are stored in .h5 and .npz.
+
+    Raises
+    ------
+    FormatError
+        If the suffix is none of these, or a value is NaN or infinite.
+
+    Notes
+    -----
+    Sonic Visualiser (File > Import Annotation Layer) guesses from the file that the first column is a start time in
+    seconds and the rest is a dense layer, "Colour 3D Plot". It skips lines that begin with ``#`` in every version, while
+    only recent ones know a line of column names, so there is none. It rounds the frame period to samples of the recording
+    that is open: load the layer onto the audio that was converted.
+    """
+    path = Path(path)
+    check_suffix(path)
+    writers = {".h5": _write_h5, ".npz": _write_npz, ".csv": _write_csv}
+    with replacing(path) as partial:
+        writers[path.suffix.lower()](partial, _checked(blocks, shape, path), shape, origin, np.dtype(dtype))
+
+
+def check_suffix(path):
+    """Raise `FormatError` unless `path` names a file that `write` can write."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise FormatError(f"{path}: features are written as {', '.join(SUFFIXES)}; end the name in one of them")
+
+
+def read(path: str | Path, start: int = 0, stop: int | None = None) -> Features:
+    """Read a feature file.
+
+    Parameters
+    ----------
+    path : str or Path
+        An .h5 file that `gae` wrote.
+    start, stop : int
+        First frame, and the one after the last; by default all are read.
+
+    Returns
+    -------
+    Features
+
+    Raises
+    ------
+    FormatError
+        If it is missing, damaged, no feature file, or of another version.
+    """
+    with _opened(path) as file:
+        header = _header(file, path)
+        values, times = file["values"][start:stop], file["times"][start:stop]
+    if not (np.isfinite(values).all() and np.isfinite(times).all() and (np.diff(times) > 0).all()):
+        raise FormatError(f"{path}: damaged (values or times make no sense); {_REMEDY}")
+    return Features(values, times, header.origin)
+
+
+def validate(path):
+    """Check a feature file without reading its values.
+
+    Returns
+    -------
+    Header
+
+    Raises
+    ------
+    FormatError
+        As `read`.
+    """
+    with _opened(path) as file:
+        return _header(file, path)
+
+
+def _mapping(model):
+    """The function from frames (context + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
+    weights, sizes = model.weights, model.sizes
+    n_factors, n_bins = weights["filters_y"].shape
+    filters_x = weights["filters_x"].reshape(n_factors, -1).T
+    filters_y = weights["filters_y"].T * np.float32(sizes.input_scale**2)  # both inputs are scaled, and multiplied
+    map_1, bias_1 = weights["map_1.weight"].T, weights["map_1.bias"]
+    map_2, bias_2 = weights["map_2.weight"].T, weights["map_2.bias"]
+
+    def mapping(frames):
+        contexts = np.lib.stride_tricks.sliding_window_view(frames[:-1], (sizes.context, n_bins)).reshape(-1, len(filters_x))
+        factors = contexts @ filters_x
+        factors *= frames[sizes.context :] @ filters_y
+        return np.tanh(np.tanh(factors @ map_1 + bias_1) @ map_2 + bias_2)
+
+    return mapping
+
+
+def _regrid(blocks, size):
+    """The rows of successive blocks, `size` at a time; fewer at the end."""
+    held = None
+    for block in blocks:
+        held = block if held is None else np.concatenate([held, block])
+        whole = len(held) - len(held) % size
+        for start in range(0, whole, size):
+            yield held[start : start + size]
+        held = held[whole:]
+    if held is not None and len(held):
+        yield held
+
+
+def _checked(blocks, shape, path):
+    """Pass blocks on, making sure that they are numbers and that there are as many as announced."""
+    total = 0
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise FormatError(f"{path}: not written, its features would be NaN or infinite; use another model")
+        total += len(block)
+        yield block
+    if total != shape[0]:
+        raise ValueError(f"{total} frames were given, {shape[0]} announced")
+
+
+def _write_h5(path, blocks, shape, origin, dtype):
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        file.attrs.update(_attributes(origin))
+        values = file.create_dataset("values", shape, dtype)
+        file["times"] = frame_times(shape[0], origin.cqt)
+        start = 0
+        for block in blocks:
+            values[start : start + len(block)] = block
+            start += len(block)
+
+
+def _write_npz(path, blocks, shape, origin, dtype):
+    with zipfile.ZipFile(path, "w") as file:
+        with _entry(file, "values") as entry:
+            description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(entry, description)
+            for block in blocks:
+                entry.write(np.ascontiguousarray(block, dtype))
+        for name, value in {"times": frame_times(shape[0], origin.cqt), **_attributes(origin)}.items():
+            with _entry(file, name) as entry:
+                np.lib.format.write_array(entry, np.asarray(value), allow_pickle=False)
+
+
+def _entry(file, name):
+    """An array of an .npz open for writing, without the time of day: equal features are equal files."""
+    return file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+def _write_csv(path, blocks, shape, origin, dtype):
+    line = ",".join(["%.6f"] * (1 + shape[1])) + "\n"
+    times, start = frame_times(shape[0], origin.cqt), 0
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"# time in s, then {shape[1]} features; source: {json.dumps(_text(origin.source), ensure_ascii=False)}\n")
+        for block in blocks:
+            rows = np.column_stack([times[start : start + len(block)], block]).tolist()
+            file.writelines(line % tuple(row) for row in rows)
+            start += len(block)
+
+
+def _attributes(origin):
+    return {
+        "schema": SCHEMA,
+        "source": _text(origin.source),
+        "source_sha256": origin.source_sha256,
+        "model_sha256": origin.model_sha256,
+        "cqt": json.dumps(origin.cqt.model_dump(), sort_keys=True),
+    }
+
+
+def _text(path):
+    """A path as text that every file can hold: bytes of a name that are no UTF-8 become escapes."""
+    return path.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+@contextmanager
+def _opened(path):
+    """Yield an HDF5 file open for reading; whatever h5py makes of damage becomes a `FormatError`."""
+    if not os.path.exists(path):
+        raise FormatError(f"{path}: no such file; run `dvc repro convert` or `gae convert`")
+    if Path(path).suffix.lower() in (".npz", ".csv"):
+        raise FormatError(f"{path}: only .h5 feature files are read here; numpy.load reads .npz, numpy.loadtxt .csv")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except FormatError:
+        raise
+    except Exception as error:  # h5py raises whatever the damage suggests to it
+        raise FormatError(f"{path}: not a readable feature file ({' '.join(str(error).split())[:200]}); {_REMEDY}") from None
+
+
+def _header(file, path):
+    schema = file.attrs.get("schema")
+    if schema != SCHEMA:
+        raise FormatError(f"{path}: no feature file of version {SCHEMA} (schema {schema}); {_REMEDY}")
+    values, times = _plain(file, "values", path), _plain(file, "times", path)
+    texts = [file.attrs[name] for name in ("source", "source_sha256", "model_sha256")]
+    fits = values.ndim == 2 and values.dtype in ("float16", "float32") and times.shape == values.shape[:1] and times.dtype == "float64"
+    if not fits or not all(isinstance(text, str) for text in texts):
+        raise FormatError(f"{path}: damaged (values {values.shape}, times {times.shape}); {_REMEDY}")
+    cqt = Cqt.model_validate(json.loads(file.attrs["cqt"]))
+    return Header(*values.shape, values.dtype.name, Origin(cqt, *texts))
+
+
+def _plain(file, name, path):
+    """A dataset of this very file, in one piece that lies within it: nothing else is read, or believed of its size."""
+    if isinstance(file.get(name, getlink=True), h5py.HardLink) and isinstance(dataset := file[name], h5py.Dataset):
+        layout = dataset.id.get_create_plist()
+        end = (dataset.id.get_offset() or 0) + dataset.nbytes
+        if layout.get_layout() == h5py.h5d.CONTIGUOUS and not layout.get_external_count() and end <= os.path.getsize(path):
+            return dataset
+    raise FormatError(f"{path}: damaged ({name} is not stored whole in it); {_REMEDY}")

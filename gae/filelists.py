@@ -1,0 +1,93 @@
+"""Text files that list audio: one performance a line, comments, globs, and views separated by tabs."""
+
+import glob
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gae.commandline import warn
+from gae.errors import ListError
+
+
+@dataclass(frozen=True)
+class Line:
+    """One performance of a list: its views' paths, and the line that names them (counted from 1)."""
+
+    paths: tuple
+    number: int
+
+
+def read_list(file):
+    """Read a file list.
+
+    A line names an audio file, absolute or relative to the working folder, or several separated by tabs: views, the
+    same performance in other sounds, equal in timing. ``#`` starts a comment at the beginning of a line or after white
+    space. ``*``, ``?``, ``[...]`` and ``**`` expand; in a line of several views each column expands on its own, in
+    sorted order, and the columns are paired.
+
+    Parameters
+    ----------
+    file : str or Path
+
+    Returns
+    -------
+    list of Line
+        In order, each set of paths once.
+
+    Raises
+    ------
+    ListError
+        If the list is missing, not text, or a line names a file that does not exist.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise ListError(f"{file}: no such list; write one audio path a line, or name another in params.yaml") from None
+    except UnicodeDecodeError:
+        raise ListError(f"{file}: not UTF-8 text; a list holds one audio path a line") from None
+    seen, lines = set(), []
+    for number, text_line in enumerate(text.splitlines(), start=1):
+        for paths in _expand(text_line, f"{file}, line {number}"):
+            if paths in seen:
+                warn(f"{file}, line {number}: {paths[0]} is listed before; used once")
+                continue
+            seen.add(paths)
+            lines.append(Line(paths, number))
+    return lines
+
+
+def _expand(text, where):
+    """The tuples of paths that one line stands for."""
+    columns = [_files(column, where) for column in _columns(text)]
+    if len({len(column) for column in columns}) > 1:
+        raise ListError(f"{where}: its views expand to {[len(column) for column in columns]} files; each column must give as many")
+    return list(zip(*columns, strict=True))
+
+
+def _columns(text):
+    text = text.strip("\r\n")
+    if text.lstrip().startswith("#"):
+        return []
+    columns = [column.strip() for column in text.split("\t")]
+    for n, column in enumerate(columns):
+        # "Sonata in C # minor.wav" is a name if such a file exists, and else a name with a comment
+        if column.startswith("#") or (" #" in column and not os.path.exists(column)):
+            columns = [*columns[:n], column[: column.index("#")].strip()]
+            break
+    return [column for column in columns if column]
+
+
+def _files(pattern, where):
+    """The files that one column names, sorted; a name that exists is taken literally even if it looks like a glob."""
+    pattern = os.path.expanduser(pattern)
+    if "\0" in pattern:
+        raise ListError(f"{where}: holds a zero byte; a list holds one audio path a line")
+    if os.path.isfile(pattern):
+        return [pattern]
+    if os.path.isdir(pattern):
+        raise ListError(f"{where}: {pattern} is a folder; write {os.path.join(pattern, '*')} for the files in it")
+    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)) if glob.has_magic(pattern) else []
+    if not found:
+        kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
+        raise ListError(f"{where}: {kind} {pattern}; correct the path or take the line out")
+    return found

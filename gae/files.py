@@ -1,0 +1,63 @@
+"""Files that appear whole or not at all, and the hash that names their content."""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+_PARTIAL = ".partial"
+
+
+@contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path` that takes its place when the block ends well.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file to write. Missing folders are made.
+
+    Yields
+    ------
+    Path
+        Where to write. On an exception it is removed and `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    try:
+        yield partial
+        with open(partial, "rb+") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sweep(folder):
+    """Remove what a killed process left half-written anywhere below `folder`."""
+    for partial in Path(folder).rglob(f".*{_PARTIAL}"):
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON with sorted keys, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """Read a JSON file written by `write_json`."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def content_hash(path):
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value):
+    """SHA-256 of a JSON-able value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,127 @@
+"""What the listed files are: path, bytes, content hash, duration, and which can't be used and why.
+
+Runs at every `dvc repro`, so it is cheap: a file whose size and modification time are as before is not opened again.
+What it writes depends on the files' content alone, so DVC goes on only where something really changed.
+"""
+
+import os
+from pathlib import Path
+
+from gae import audio
+from gae.commandline import warn
+from gae.compute import map_tracks
+from gae.errors import AudioError, ListError
+from gae.files import content_hash, read_json, write_json
+from gae.filelists import read_list
+
+_VERSION = 1
+
+
+def index(params, out, remembered):
+    """Look at every listed file and write the index.
+
+    Parameters
+    ----------
+    params : gae.params.Params
+        Reads data, cqt.sample_rate, cqt.hop_length and compute.
+    out : Path
+        JSON: {"train": [[file, ...views], ...], "convert": [[file], ...], "skipped": [{path, list, line, reason}]} where a
+        file is {path, key, sha256, bytes, seconds, sample_rate, channels}.
+    remembered : Path
+        What was found at earlier runs, by path, size and time. May be missing or stale.
+
+    Raises
+    ------
+    ListError
+        If a list names a file that does not exist, or nothing usable.
+    AudioError
+        If a file is unusable and data.on_error is "stop".
+    """
+    lists = {"train": read_list(params.data.train_list), "convert": read_list(params.data.convert_list)}
+    paths = sorted({path for lines in lists.values() for line in lines for path in line.paths})
+    findings = _look(paths, Path(remembered), params.compute)
+    problems = {path: problem for path in paths if (problem := _problem(path, findings[path], params.cqt))}
+    if problems and params.data.on_error == "stop":
+        raise AudioError(next(iter(problems.values())) + " (data.on_error is stop)")
+
+    names = {"train": params.data.train_list, "convert": params.data.convert_list}
+    result = {"schema": _VERSION, "skipped": []}
+    for role, lines in lists.items():
+        usable = []
+        for line in lines:
+            good = [path for path in line.paths if path not in problems]
+            result["skipped"] += [
+                {"path": path, "list": names[role], "line": line.number, "reason": problems[path]}
+                for path in line.paths
+                if path in problems
+            ]
+            if good:
+                usable.append([_entry(path, findings[path]) for path in good])
+        if not usable:
+            raise ListError(f"{names[role]}: lists nothing usable; add at least one audio file, one path a line")
+        result[role] = usable
+    # a file to convert stands on its own, whatever line it was on
+    result["convert"] = [[file] for line in result["convert"] for file in line]
+    for path, problem in problems.items():
+        warn(f"skipped {problem}" if problem.startswith(path) else f"skipped {path}: {problem}")
+    write_json(out, result)
+
+
+def _look(paths, remembered, compute):
+    """What each file holds, opening only those that changed: {path: {size, mtime, sha256, samples, ... or error}}."""
+    try:
+        before = read_json(remembered)
+        known = before["files"] if before["version"] == _VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    stamps = {path: _stamp(path) for path in paths}
+    fresh = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
+    examined = dict(zip(fresh, map_tracks(examine, fresh, compute, "index"), strict=True))
+    found = {path: {**examined[path], "stamp": stamps[path]} if path in examined else known[path] for path in paths}
+    write_json(remembered, {"version": _VERSION, "files": found})
+    return found
+
+
+def examine(path):
+    """Hash a file and decode it once to its end.
+
+    Returns
+    -------
+    dict
+        sha256, bytes, and either samples, sample_rate and channels, or error: one line why it can't be used.
+    """
+    try:
+        finding = {"sha256": content_hash(path), "bytes": os.path.getsize(path)}
+        info = audio.probe(path)
+    except AudioError as error:
+        return {**finding, "error": str(error)}
+    except OSError as error:
+        return {"sha256": "", "bytes": 0, "error": f"{path}: {error.strerror}; check its permissions"}
+    return {**finding, "samples": info.n_samples, "sample_rate": info.sample_rate, "channels": info.channels}
+
+
+def _problem(path, finding, cqt):
+    """Why a file can't be used, in one line, or None."""
+    if "error" in finding:
+        return finding["error"]
+    seconds = finding["samples"] / finding["sample_rate"]
+    if seconds < cqt.frame_seconds:
+        return f"{path}: {1000 * seconds:.1f} ms long, shorter than one frame of context ({1000 * cqt.frame_seconds:.1f} ms)"
+    return None
+
+
+def _entry(path, finding):
+    return {
+        "path": path,
+        "key": finding["sha256"][:32],
+        "sha256": finding["sha256"],
+        "bytes": finding["bytes"],
+        "seconds": round(finding["samples"] / finding["sample_rate"], 3),
+        "sample_rate": finding["sample_rate"],
+        "channels": finding["channels"],
+    }
+
+
+def _stamp(path):
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]

@@ -1,0 +1,206 @@
+"""The gated autoencoder, its loss terms, and the file that holds it. Knows frames, not audio.
+
+    factors = (U * x) (V y)                      U: n_factors filters of context x n_bins; V: of one frame
+    m       = tanh(W2 tanh(W1 factors + b1) + b2)
+    y_hat   = V^T (W1^T (W2^T m + b1) (U * x))
+
+S. Lattner, M. Grachten, G. Widmer: Learning Transposition-Invariant Interval Features from Symbolic Music and Audio,
+ISMIR 2018. The convolution in time (``U * x``) and the first layer's bias shared with the decoder follow the authors'
+published implementation.
+"""
+
+import json
+import math
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from torch.nn import functional as F
+
+from gae.files import replacing
+from gae.modelfile import SCHEMA, load_model
+
+
+class GatedAutoencoder(nn.Module):
+    """A gated autoencoder over frames, convolutional in time.
+
+    Parameters
+    ----------
+    n_bins : int
+        Bins a frame.
+    sizes : gae.params.Model
+        n_factors, n_hidden, n_maps, context, input_scale.
+
+    Attributes
+    ----------
+    filters_x : Parameter, shape (n_factors, context, n_bins)
+    filters_y : Parameter, shape (n_factors, n_bins)
+    map_1, map_2 : Linear
+        n_factors to n_hidden to n_maps.
+
+    Notes
+    -----
+    Frame t (y) is set against the `context` frames just before it (x), so sequences of x are `context - 1` frames
+    longer than those of y: y[i] goes with x[i : i + context].
+    """
+
+    def __init__(self, n_bins, sizes):
+        super().__init__()
+        self.n_bins, self.sizes = n_bins, sizes
+        self.filters_x = nn.Parameter(torch.randn(sizes.n_factors, sizes.context, n_bins) / math.sqrt(sizes.context * n_bins))
+        self.filters_y = nn.Parameter(torch.randn(sizes.n_factors, n_bins) / math.sqrt(n_bins))
+        self.map_1 = nn.Linear(sizes.n_factors, sizes.n_hidden)
+        self.map_2 = nn.Linear(sizes.n_hidden, sizes.n_maps)
+
+    @property
+    def weights(self):
+        """All weights by name, as NumPy arrays of float32."""
+        return {name: tensor.detach().float().cpu().numpy() for name, tensor in self.state_dict().items()}
+
+    def x_factors(self, x):
+        """Filter responses to the context.
+
+        Parameters
+        ----------
+        x : Tensor, shape (batch, n_frames + context - 1, n_bins)
+
+        Returns
+        -------
+        Tensor, shape (batch, n_frames, n_factors)
+        """
+        x = self.sizes.input_scale * x
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # one matrix product over copied windows: faster than any convolution of full height
+        windows = x.unfold(1, self.sizes.context, 1).transpose(2, 3).flatten(2)
+        return F.linear(windows, self.filters_x.flatten(1))
+
+    def y_factors(self, y):
+        """Filter responses to frames (batch, n_frames, n_bins): Tensor, shape (batch, n_frames, n_factors)."""
+        return F.linear(self.sizes.input_scale * y, self.filters_y)
+
+    def mapping(self, x, y):
+        """The features: what relates y to the frames before it.
+
+        Parameters
+        ----------
+        x : Tensor, shape (batch, n_frames + context - 1, n_bins)
+        y : Tensor, shape (batch, n_frames, n_bins)
+
+        Returns
+        -------
+        Tensor, shape (batch, n_frames, n_maps)
+            Values in (-1, 1).
+        """
+        return self.relate(self.x_factors(x), self.y_factors(y))
+
+    def relate(self, x_factors, y_factors):
+        """`mapping` from filter responses, both (batch, n_frames, n_factors)."""
+        return torch.tanh(self.map_2(torch.tanh(self.map_1(x_factors * y_factors))))
+
+    def reconstruct(self, mapping, x):
+        """Apply the relation `mapping` to a context: the frame that should follow.
+
+        Parameters
+        ----------
+        mapping : Tensor, shape (batch, n_frames, n_maps)
+        x : Tensor, shape (batch, n_frames + context - 1, n_bins)
+
+        Returns
+        -------
+        Tensor, shape (batch, n_frames, n_bins)
+            On the scale of the frames.
+        """
+        return self.rebuild(mapping, self.x_factors(x))
+
+    def rebuild(self, mapping, x_factors):
+        """`reconstruct` from filter responses (batch, n_frames, n_factors)."""
+        hidden = mapping @ self.map_2.weight + self.map_1.bias
+        return ((hidden @ self.map_1.weight) * x_factors) @ self.filters_y / self.sizes.input_scale
+
+    @torch.no_grad()
+    def set_filter_norm(self, norm):
+        """Scale each filter of x and of y to the L2 norm `norm`."""
+        for filters in (self.filters_x, self.filters_y):
+            rows = filters.view(len(filters), -1)
+            rows.mul_(norm / rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+def transpose(frames, shift):
+    """Move frames (..., n_bins) up by `shift` bins (down where negative); what comes in is zero."""
+    n_bins = frames.shape[-1]
+    shift = max(-n_bins, min(n_bins, int(shift)))
+    return F.pad(frames, (shift, -shift)) if shift else frames
+
+
+def sparsity(mapping):
+    """Lee's sparsity and selectivity term of a mapping (batch, n_frames, n_maps), as the original computes it.
+
+    The sum over maps of their mean square activation, plus the sum over frames of theirs:
+    H. Lee, C. Ekanadham, A. Ng: Sparse deep belief net model for visual area V2, NIPS 2007.
+    """
+    squares = mapping.square()
+    return squares.mean(dim=(0, 1)).sum() + squares.mean(dim=(0, 2)).sum()
+
+
+def contrast(queries, keys, temperature):
+    """InfoNCE: each query must find its own key among all keys by cosine, and each key its query.
+
+    Parameters
+    ----------
+    queries, keys : Tensor, shape (n, n_maps)
+        Row i of one belongs to row i of the other.
+    temperature : float
+
+    Returns
+    -------
+    Tensor, scalar
+        Mean cross-entropy in nats.
+
+    References
+    ----------
+    A. van den Oord, Y. Li, O. Vinyals: Representation Learning with Contrastive Predictive Coding, 2018.
+    """
+    similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).T / temperature
+    own = torch.arange(len(queries), device=queries.device)
+    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+
+
+def save_model(path, model, cqt, **facts):
+    """Write a model file: weights, and all that is needed to go from audio to features.
+
+    Parameters
+    ----------
+    path : str or Path
+    model : GatedAutoencoder
+    cqt : gae.params.Cqt
+        How its frames are made.
+    **facts
+        JSON-able values to keep with it: training parameters, digest of the data, metrics.
+    """
+    facts = {"schema": SCHEMA, "model": model.sizes.model_dump(), "cqt": cqt.model_dump(), **facts}
+    # under one key: safetensors writes several in random order, and equal models must be equal files
+    metadata = {"gae": json.dumps(facts, sort_keys=True)}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(path) as partial:
+        partial.write_bytes(save(weights, metadata=metadata))
+
+
+def load_model_file(path):
+    """Read a model file. Executes nothing in it.
+
+    Returns
+    -------
+    model : GatedAutoencoder
+        In evaluation mode, in float32.
+    cqt : gae.params.Cqt
+    facts : dict
+        All the metadata.
+
+    Raises
+    ------
+    FormatError
+        As `gae.modelfile.load_model`.
+    """
+    model = load_model(path)
+    return model.network, model.cqt, model.facts

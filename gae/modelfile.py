@@ -1,0 +1,135 @@
+"""The model file as plain arrays, read without PyTorch: importing that takes longer than converting a song.
+
+A model file (.safetensors, by `gae.model.save_model`) is enough to go from audio to features. Reading executes nothing.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors
+from safetensors.numpy import load_file
+
+from gae import params
+from gae.errors import FormatError
+from gae.files import content_hash
+
+SCHEMA = 1
+SHIPPED = "pretrained.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A trained model, and how the frames that it takes are made.
+
+    Attributes
+    ----------
+    weights : dict of str to ndarray of float32
+        By name, as in `gae.model.GatedAutoencoder`.
+    sizes : gae.params.Model
+    cqt : gae.params.Cqt
+    facts : dict
+        What else the file says: training parameters, digest of the data, metrics.
+    sha256 : str
+        Hash of the file, 64 hexadecimal digits; empty where the weights come from no file.
+    """
+
+    weights: dict[str, np.ndarray]
+    sizes: params.Model
+    cqt: params.Cqt
+    facts: dict = field(default_factory=dict)
+    sha256: str = ""
+
+    @property
+    def network(self):
+        """A `gae.model.GatedAutoencoder` with these weights, in evaluation mode: for training, reconstruction or a GPU."""
+        import torch
+
+        from gae.model import GatedAutoencoder
+
+        network = GatedAutoencoder(self.cqt.n_bins, self.sizes)
+        network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in self.weights.items()})
+        return network.eval()
+
+
+def load_model(path: str | Path | None = None) -> Model:
+    """Read a model file.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        A .safetensors file that `gae` wrote; by default the weights that are shipped.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    FormatError
+        If it is missing, damaged, no model of ours, or of another version.
+    """
+    path = _shipped() if path is None else Path(path)
+    facts, weights = _read(path)
+    try:
+        model = Model(
+            weights={name: array.astype(np.float32) for name, array in weights.items()},
+            sizes=params.Model.model_validate(facts["model"]),
+            cqt=params.Cqt.model_validate(facts["cqt"]),
+            facts=facts,
+            sha256=content_hash(path),
+        )
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"{path}: not a whole model ({' '.join(str(error).split())[:200]}); train again or name another") from None
+    if (problem := problem_of(model)) is not None:
+        raise FormatError(f"{path}: {problem}; train again or name another")
+    return model
+
+
+def problem_of(model):
+    """What is wrong with a model's weights, in a few words, or None."""
+    shapes = {name: array.shape for name, array in model.weights.items()}
+    if shapes != _shapes(model.sizes, model.cqt.n_bins):
+        return "weights and sizes don't fit"
+    if not all(np.isfinite(array).all() for array in model.weights.values()):
+        return "holds weights that are NaN or infinite"
+    return None
+
+
+def _shipped():
+    """Where the shipped weights lie: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    places = [package / "models" / SHIPPED, package.parent / "models" / SHIPPED]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FormatError(f"{places[-1]}: no weights are shipped with this copy; name a model file, such as models/gae.safetensors")
+
+
+def _read(path):
+    """The metadata and the tensors of a model file."""
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            facts = json.loads((file.metadata() or {}).get("gae", "{}"))
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such model; run `dvc repro train`, `dvc pull`, or name another") from None
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise FormatError(f"{path}: not a model file ({' '.join(str(error).split())}); run `dvc repro train` or `dvc pull`") from None
+    schema = facts.get("schema") if isinstance(facts, dict) else None
+    if schema != SCHEMA:
+        raise FormatError(f"{path}: model schema {schema}, expected {SCHEMA}; convert it with this version's tools")
+    return facts, weights
+
+
+def _shapes(sizes, n_bins):
+    """Shape of each weight: metadata alone must not make anyone take memory."""
+    return {
+        "filters_x": (sizes.n_factors, sizes.context, n_bins),
+        "filters_y": (sizes.n_factors, n_bins),
+        "map_1.weight": (sizes.n_hidden, sizes.n_factors),
+        "map_1.bias": (sizes.n_hidden,),
+        "map_2.weight": (sizes.n_maps, sizes.n_hidden),
+        "map_2.bias": (sizes.n_maps,),
+    }

@@ -1,0 +1,267 @@
+"""The schema of params.yaml: every key with its type, range, default, unit and meaning.
+
+`load` validates the file as a whole, so that a mistake shows before any work is done.
+"""
+
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gae.errors import ParamsError
+
+
+class Section(BaseModel):
+    """A section of params.yaml: strict types, no unknown keys, immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Corpus(Section):
+    """The built-in demo music."""
+
+    hours: float = Field(1.0, gt=0, le=100, description="music for training, in hours, each hour in every view")
+    views: int = Field(3, ge=2, le=8, description="sounds in which a training piece is rendered")
+    view_transposition: int = Field(6, ge=0, le=12, description="views but the first are transposed by up to this, in semitones")
+    heldout: int = Field(12, ge=2, le=200, description="pieces held out for evaluation")
+    seed: int = Field(1, ge=0, description="seed of the choice of pieces, sounds, tempi and transpositions")
+
+
+class Data(Section):
+    """Which files, and how their frames are kept."""
+
+    train_list: str = Field("data/train.txt", min_length=1, description="text file that lists the audio to train on")
+    convert_list: str = Field("data/convert.txt", min_length=1, description="text file that lists the audio to convert")
+    on_error: Literal["skip", "stop"] = Field("skip", description="what an unusable audio file does to the run")
+    dtype: Literal["float16", "float32"] = Field("float16", description="type in which frames are stored")
+    shard_mb: int = Field(256, ge=1, le=65536, description="size of a shard that is not exceeded by much, in MB")
+
+
+class Cqt(Section):
+    """Audio to constant-Q frames."""
+
+    sample_rate: int = Field(22050, ge=1000, le=192000, description="rate to which audio is resampled, in Hz")
+    hop_length: int = Field(448, ge=16, le=65536, description="time between frames, in samples")
+    fmin: float = Field(65.4, gt=0, description="frequency of the lowest bin, in Hz")
+    n_bins: int = Field(120, ge=2, le=2000, description="number of bins")
+    bins_per_octave: int = Field(24, ge=1, le=240, description="bins an octave")
+    compression: Literal["log", "none"] = Field("log", description="magnitudes before standardising: log(1 + gain c / max c), or as they are")
+    gain: float = Field(200.0, gt=0, le=1e6, description="gain of the logarithm, relative to the track's largest magnitude")
+
+    @property
+    def frame_seconds(self):
+        """Time between frames, in seconds."""
+        return self.hop_length / self.sample_rate
+
+    @model_validator(mode="after")
+    def _below_nyquist(self):
+        top = self.fmin * 2 ** (self.n_bins / self.bins_per_octave)
+        if top >= self.sample_rate / 2:
+            raise ValueError(
+                f"cqt.fmin: {self.fmin:g} Hz with {self.n_bins} bins, {self.bins_per_octave} an octave, reaches {top:.0f} Hz; "
+                f"allowed: below half of cqt.sample_rate, {self.sample_rate / 2:g} Hz"
+            )
+        return self
+
+
+class Model(Section):
+    """Sizes of the gated autoencoder."""
+
+    n_factors: int = Field(256, ge=1, le=16384, description="filter pairs whose products are the factors")
+    n_hidden: int = Field(128, ge=1, le=16384, description="units of the lower mapping layer")
+    n_maps: int = Field(64, ge=1, le=16384, description="units of the top mapping layer: the features")
+    context: int = Field(9, ge=1, le=255, description="frames of context x before the frame y, odd")
+    input_scale: float = Field(10.0, gt=0, le=1000, description="factor on the frames; 1 is the original's, 10 leaves the plateau early")
+
+    @model_validator(mode="after")
+    def _odd_context(self):
+        if self.context % 2 == 0:
+            raise ValueError(f"model.context: got {self.context}, allowed: an odd integer (1, 3, 5, ...)")
+        return self
+
+
+class Train(Section):
+    """How the model is trained."""
+
+    objective: Literal["invariance", "reconstruction"] = Field(
+        "invariance", description="reconstruction is the original's loss; invariance adds a contrast between transpositions and views"
+    )
+    steps: int = Field(4000, ge=1, le=100_000_000, description="optimiser steps")
+    batch: int = Field(16, ge=1, le=65536, description="excerpts a step, over all devices")
+    block: int = Field(256, ge=2, le=65536, description="frames an excerpt; longer than model.context")
+    learning_rate: float = Field(1.5e-3, gt=0, le=1, description="peak learning rate of Adam")
+    schedule: Literal["one-cycle", "constant"] = Field("one-cycle", description="course of the learning rate")
+    warmup: float = Field(0.1, gt=0, lt=1, description="share of the steps in which the one-cycle rate rises")
+    dropout: float = Field(0.5, ge=0, lt=1, description="share of the bins of x set to zero")
+    filter_norm: float = Field(0.4, gt=0, le=100, description="L2 norm to which each filter is scaled after each step")
+    sparsity: float = Field(0.0, ge=0, description="strength of Lee's sparsity and selectivity term; the original's is 1e-5")
+    weight_decay: float = Field(0.0, ge=0, description="strength of the squared L2 norm of the filters; the original's is 0")
+    shift: int = Field(48, ge=0, le=1000, description="largest transposition of x and y, in bins; the original's is 60")
+    contrast: float = Field(0.3, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
+    temperature: float = Field(0.1, gt=0, le=10, description="temperature of the contrastive term")
+    contrast_frames: int = Field(512, ge=2, le=1_000_000, description="frames of a step that are contrasted with each other")
+    view_share: float = Field(0.5, ge=0, le=1, description="share of the excerpts whose positives come from another view")
+    validation: float = Field(0.1, ge=0, le=0.5, description="share of the list held out to select the best weights by invariance")
+    patience: int = Field(0, ge=0, description="validations without a better result after which training stops; 0 never stops early")
+    averaging: float = Field(0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0 keeps the last")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of the matrix products")
+    accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+    devices: int = Field(1, ge=1, le=1024, description="processes or GPUs on each host")
+    nodes: int = Field(1, ge=1, le=1024, description="hosts")
+    checkpoint_seconds: float = Field(30.0, ge=0, le=60, description="time between checkpoints, in s: at most this much work is lost")
+    seed: int = Field(1, ge=0, description="seed of weights, excerpts, shifts and dropout")
+
+
+class Convert(Section):
+    """How features are computed."""
+
+    weights: str = Field("models/gae.safetensors", min_length=1, description="model file; models/pretrained.safetensors needs no training")
+    dtype: Literal["float16", "float32"] = Field("float32", description="type in which features are stored")
+
+
+class Evaluate(Section):
+    """How features are judged on held-out tracks."""
+
+    frames: int = Field(100, ge=1, le=100_000, description="random frames a track")
+    stack: int = Field(8, ge=1, le=1000, description="successive frames in the stacked comparison")
+    alignment_hop: float = Field(0.04, gt=0, le=1, description="time between the frames of an alignment, in s")
+    bootstrap: int = Field(1000, ge=2, le=100_000, description="resamplings of the tracks for the errors of estimation")
+    seed: int = Field(1, ge=0, description="seed of the random frames and resamplings")
+
+
+class Plot(Section):
+    """What is drawn."""
+
+    interval: int = Field(1000, ge=1, description="steps of training between two drawings of the network")
+    seconds: float = Field(20.0, gt=0, le=3600, description="length of the excerpts drawn, in s")
+    filters: int = Field(48, ge=1, le=4096, description="filters drawn")
+    dpi: int = Field(110, ge=30, le=600, description="resolution, in dots an inch")
+
+
+class Compute(Section):
+    """Where work over many tracks runs. Changes no result, so no stage depends on it."""
+
+    workers: int = Field(0, ge=0, le=4096, description="worker processes; 0 for one a core")
+    scheduler: str = Field("local", pattern=r"^(local|(tcp|tls)://.+)$", description="local, or the address of a Dask scheduler: tcp://host:port")
+    cluster: Literal["none", "local", "slurm"] = Field("none", description="Dask cluster to start where scheduler is local")
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    corpus: Corpus = Field(default_factory=Corpus)
+    data: Data = Field(default_factory=Data)
+    cqt: Cqt = Field(default_factory=Cqt)
+    model: Model = Field(default_factory=Model)
+    train: Train = Field(default_factory=Train)
+    convert: Convert = Field(default_factory=Convert)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    plot: Plot = Field(default_factory=Plot)
+    compute: Compute = Field(default_factory=Compute)
+
+    @model_validator(mode="after")
+    def _block_holds_context(self):
+        if self.train.block <= self.model.context:
+            raise ValueError(f"train.block: got {self.train.block} frames, allowed: more than model.context ({self.model.context} frames)")
+        return self
+
+
+def load(path="params.yaml", overrides=()):
+    """Read and validate params.yaml.
+
+    Parameters
+    ----------
+    path : str or Path
+    overrides : sequence of str
+        Values that replace those of the file, as ``"section.key=value"`` (the syntax of ``dvc exp run -S``).
+
+    Returns
+    -------
+    Params
+
+    Raises
+    ------
+    ParamsError
+        With one line: the dotted key, what is wrong and what is allowed.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run from the root of the repository or name it with --params") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ParamsError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ParamsError(f"{path}: must hold sections ({', '.join(Params.model_fields)}), not a {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return validate(values, path)
+
+
+def validate(values, name="params.yaml"):
+    """Turn a dictionary of sections into `Params`; `name` is what an error calls it."""
+    try:
+        return Params.model_validate(_with_sections(values))
+    except ValidationError as error:
+        raise ParamsError(f"{name}: {_explain(error.errors()[0])}") from None
+
+
+def describe(keys):
+    """One line for each parameter that `keys` (sections or dotted keys) name: default and meaning, for ``--help``."""
+    lines = []
+    for key in keys:
+        section, _, name = key.partition(".")
+        fields = Params.model_fields[section].annotation.model_fields
+        for field in [name] if name else fields:
+            lines.append(f"  {section}.{field} = {fields[field].default}  {fields[field].description}")
+    return "\n".join(lines)
+
+
+def _with_sections(values):
+    """An empty section, as YAML reads a title without keys, has all its defaults."""
+    return {section: {} if keys is None and section in Params.model_fields else keys for section, keys in values.items()}
+
+
+def _override(values, override):
+    key, equals, value = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and name):
+        raise ParamsError(f"--set {override}: write it as section.key=value")
+    if not isinstance(values.setdefault(section, {}), dict):
+        values[section] = {}
+    values[section][name] = yaml.safe_load(value)
+
+
+def _explain(error):
+    """One line for one of pydantic's errors: dotted key, what is wrong, what is allowed."""
+    key = ".".join(str(part) for part in error["loc"])
+    kind, given = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key; allowed: {', '.join(_siblings(error['loc']))}"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])  # checks over several keys name theirs
+    return f"{key}: got {given!r}, allowed: {_allowed(error['loc'])}"
+
+
+def _siblings(loc):
+    fields = Params.model_fields
+    for part in loc[:-1]:
+        fields = fields[part].annotation.model_fields
+    return list(fields)
+
+
+def _allowed(loc):
+    """What a key may hold, in words: its type, range and default."""
+    if len(loc) == 1:
+        return f"a section with the keys {', '.join(Params.model_fields[loc[0]].annotation.model_fields)}"
+    field = Params.model_fields[loc[0]].annotation.model_fields[loc[1]]
+    if get_origin(field.annotation) is Literal:
+        return " or ".join(str(choice) for choice in get_args(field.annotation))
+    words = {int: "an integer", float: "a number", str: "a text"}[field.annotation]
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "of the form", "min_length": "of length >="}
+    limits = [f"{sign} {getattr(rule, name)}" for rule in field.metadata for name, sign in signs.items() if getattr(rule, name, None) is not None]
+    return " ".join([words, " and ".join(limits)]).strip() + f" (default {field.default})"
+
+
+def _one_line(error):
+    return " ".join(str(error).split())

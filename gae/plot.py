@@ -1,0 +1,464 @@
+"""Pictures of data, network, features and results. Everything is drawn from arrays; only `draw` and `draw_track` read files."""
+
+import csv
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from tqdm import tqdm
+
+from gae import audio, features
+from gae.compute import map_tracks
+from gae.cqt import frames as cqt_frames
+from gae.errors import FormatError
+from gae.evaluate import LABELS, TOLERANCES, heldout_file, heldout_pieces
+from gae.features import extract_frames
+from gae.files import read_json, replacing
+from gae.measures import pool, stack, unit
+from gae.model import transpose
+from gae.modelfile import load_model
+from gae.params import Plot
+from gae.shards import Shards
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": "#444444",
+    "axes.edgecolor": "#888888",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "xtick.color": "#666666",
+    "ytick.color": "#666666",
+    "legend.frameon": False,
+    "image.aspect": "auto",
+    "image.origin": "lower",
+    "image.interpolation": "antialiased",
+}
+_WIDTH = 10  # inches
+_ACCENT, _QUIET = "#b5123e", "#d9a3b0"
+_COLOURS = {"gae": _ACCENT, "cqt_shifted_back": "#31688e", "cqt": "#9fbfd6", "chroma_best_shift": "#6f6f6f", "chroma": "#c4c4c4"}
+_MAGNITUDE, _SIGNED = "magma", "RdBu_r"
+_INTERVAL = 5  # semitones by which the pictures of a reconstruction are transposed
+_MATRIX = 900  # rows of a self-similarity matrix, at most
+_DIAGONAL = 8  # successive pooled frames compared at a time in it
+_COLUMNS = 16  # of the grid of filters
+
+
+def draw(params, corpus, shards, model, tracks, training, metrics, figures):
+    """Draw all pictures of a finished run.
+
+    Parameters
+    ----------
+    params : gae.params.Params
+        Reads plot and compute.
+    corpus : Path
+        Folder of `gae.corpus`: its first held-out piece is shown in two keys.
+    shards : Path
+        Folder of shards: an excerpt of its first track is what the network is shown with.
+    model : Path
+    tracks : Path
+        Folder of feature files; each gets a picture, named by its stem.
+    training : Path
+        Folder with DVCLive's curves.
+    metrics : Path
+        JSON that `gae.evaluate` wrote.
+    figures : Path
+        Folder for the pictures: PNG, those of the tracks in figures/tracks.
+    """
+    model = load_model(model)
+    cqt, plot, figures = model.cqt, params.plot, Path(figures)
+    frames, times, title = _excerpt(shards, cqt, plot.seconds)
+    pictures = (
+        lambda: draw_input(frames, cqt, times, title, figures / "input.png", plot),
+        lambda: draw_network(model.network, cqt, frames, figures, plot=plot),
+        lambda: draw_losses(_curves(training), figures / "loss.png", plot),
+        lambda: draw_metrics(read_json(metrics), figures / "metrics.png", plot),
+        lambda: _draw_heldout(Path(corpus), model, figures / "transposition.png", plot),
+    )
+    for picture in tqdm(pictures, desc="pictures", unit="picture"):
+        picture()
+    map_tracks(draw_track, sorted(Path(tracks).glob("*.h5")), params.compute, "tracks", (figures / "tracks", plot))
+
+
+def draw_network(network, cqt, frames, folder, step=None, plot=None):
+    """Draw what the network does with some frames, and what it has learnt: reconstruction, mapping, filters, histograms.
+
+    Parameters
+    ----------
+    network : GatedAutoencoder
+    cqt : gae.params.Cqt
+    frames : ndarray of float32, shape (n_frames, n_bins)
+        An excerpt of standardised frames; more than plot.seconds are not drawn.
+    folder : Path
+    step : int or None
+        Step of the training, which then is part of the files' names.
+    plot : gae.params.Plot or None
+        None for the defaults.
+    """
+    plot = plot or Plot()
+    name = "{}.png" if step is None else f"{{}}-{step:07d}.png"
+    suffix = "" if step is None else f", step {step}"
+    frames = frames[: max(2, round(plot.seconds / cqt.frame_seconds))]
+    mapping = extract_frames(frames, network)
+    shown = frames[: max(2, len(frames) // 3)]
+    target, rebuilt = _rebuild(shown, network, round(_INTERVAL * cqt.bins_per_octave / 12))
+    folder = Path(folder)
+    draw_reconstruction(shown, target, rebuilt, cqt, folder / name.format("reconstruction"), plot, suffix)
+    draw_mapping(frames, mapping, cqt, folder / name.format("mapping"), plot, suffix)
+    draw_filters_x(network, cqt, folder / name.format("filters_x"), plot, suffix)
+    draw_filters_y(network, cqt, folder / name.format("filters_y"), plot, suffix)
+    draw_histograms(network, frames, mapping, rebuilt, folder / name.format("histograms"), plot, suffix)
+
+
+def draw_input(frames, cqt, times, title, path, plot):
+    """Draw standardised frames (n_frames, n_bins) as the network gets them; `times` are the first and last in s."""
+    with _picture(path, plot, 3.6) as figure:
+        axes = figure.subplots()
+        image = _show_pitch(axes, frames, cqt, times, _range(frames))
+        axes.set(title=f"Input: constant-Q frames of {title}", xlabel="time (s)")
+        figure.colorbar(image, label="standardised magnitude", pad=0.01)
+
+
+def draw_reconstruction(frames, target, rebuilt, cqt, path, plot, suffix=""):
+    """Draw frames, the same transposed, and what the network makes of their mapping in the transposed context.
+
+    Parameters
+    ----------
+    frames, target, rebuilt : ndarray, shape (n_frames, n_bins)
+    """
+    error = np.square(rebuilt - target).sum() / max(1e-12, np.square(target).sum())
+    titles = ("As played", f"Target: {_INTERVAL} semitones up", f"Rebuilt from mapping and context, error {100 * error:.0f} %{suffix}")
+    with _picture(path, plot, 3.6) as figure:
+        row = figure.subplots(1, 3, sharey=True)
+        for axes, values, title in zip(row, (frames, target, rebuilt), titles, strict=True):
+            image = _show_pitch(axes, values, cqt, (0, len(values) * cqt.frame_seconds), _range(target), label=axes is row[0])
+            axes.set(title=title, xlabel="time (s)")
+        figure.colorbar(image, ax=row, label="standardised magnitude", pad=0.01)
+
+
+def draw_mapping(frames, mapping, cqt, path, plot, suffix=""):
+    """Draw the mapping (n_frames, n_maps) under the frames (n_frames, n_bins) that it comes from."""
+    times = (0, len(frames) * cqt.frame_seconds)
+    with _picture(path, plot, 5.6) as figure:
+        above, below = figure.subplots(2, sharex=True)
+        image = _show_pitch(above, frames, cqt, times, _range(frames))
+        above.set(title="Input")
+        figure.colorbar(image, ax=above, label="standardised magnitude", pad=0.01)
+        image = _show_features(below, mapping, times)
+        below.set(title=f"Mapping{suffix}", xlabel="time (s)")
+        figure.colorbar(image, ax=below, label="activation", pad=0.01)
+
+
+def draw_filters_x(network, cqt, path, plot, suffix=""):
+    """Draw the filters of the context that weigh most in the mapping, time by pitch."""
+    filters = network.weights["filters_x"][_order(network)[: plot.filters]]
+    limit = np.quantile(np.abs(filters), 0.998)
+    rows = -(-len(filters) // _COLUMNS)
+    span = network.sizes.context * cqt.frame_seconds * 1000
+    with _picture(path, plot, 0.8 + 1.9 * rows) as figure:
+        grid = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
+        for axes, weights in zip(grid.flat, filters, strict=False):
+            image = _show_pitch(axes, weights, cqt, (-span, 0), (-limit, limit), _SIGNED, label=axes in grid[:, 0])
+        for axes in grid.flat[len(filters) :]:
+            axes.set_visible(False)
+        figure.suptitle(f"Filters of the context, by their weight in the mapping{suffix}", x=0.01, ha="left", weight="bold", size=10)
+        figure.supxlabel("time before the frame (ms)", size=9, color="#444444")
+        figure.colorbar(image, ax=grid, label="weight", pad=0.01)
+
+
+def draw_filters_y(network, cqt, path, plot, suffix=""):
+    """Draw the filters of the frame, in the same order as those of the context."""
+    filters = network.weights["filters_y"][_order(network)[: plot.filters]]
+    limit = np.quantile(np.abs(filters), 0.998)
+    with _picture(path, plot, 3.8) as figure:
+        axes = figure.subplots()
+        image = _show_pitch(axes, filters, cqt, (0.5, len(filters) + 0.5), (-limit, limit), _SIGNED)
+        axes.set(title=f"Filters of the frame, by their weight in the mapping{suffix}", xlabel="filter")
+        figure.colorbar(image, label="weight", pad=0.01)
+
+
+def draw_histograms(network, frames, mapping, rebuilt, path, plot, suffix=""):
+    """Draw how data, reconstruction, mapping and weights are distributed."""
+    weights = network.weights
+    top = {"data": frames, "reconstruction": rebuilt, "mapping": mapping}
+    bottom = {
+        "filters of x": "filters_x",
+        "filters of y": "filters_y",
+        "weights of layer 1": "map_1.weight",
+        "weights of layer 2": "map_2.weight",
+    }
+    with _picture(path, plot, 4.6) as figure:
+        axes = figure.subplot_mosaic([[name for name in top for _ in range(4)], [name for name in bottom for _ in range(3)]])
+        for name, values in top.items():
+            _histogram(axes[name], values, name + suffix, "value", (-1, 1) if name == "mapping" else _widest(frames, rebuilt))
+        for name, parameter in bottom.items():
+            limit = float(np.abs(weights[parameter]).max()) or 1
+            _histogram(axes[name], weights[parameter], name, "weight", (-limit, limit))
+
+
+def draw_losses(curves, path, plot):
+    """Draw the curves of a training, a panel each.
+
+    Parameters
+    ----------
+    curves : dict of str to tuple of ndarray
+        Steps and values under each name.
+    """
+    columns = min(3, max(1, len(curves)))
+    rows = -(-len(curves) // columns) or 1
+    with _picture(path, plot, 0.3 + 2.4 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, (name, (steps, values)) in zip(grid.flat, curves.items(), strict=False):
+            axes.plot(steps, values, color=_QUIET, linewidth=1)
+            axes.plot(*_smooth(steps, values), color=_ACCENT, linewidth=1.6)
+            axes.set(title=name, xlabel="step")
+            axes.grid(True)
+        for axes in grid.flat[len(curves) :]:
+            axes.set_visible(False)
+
+
+def draw_metrics(metrics, path, plot):
+    """Draw what `gae.evaluate` found: bars of each kind of feature, with their standard errors."""
+    groups = {
+        "Nearest frame in another key is the right one": (
+            ("1 frame", "frames stacked"),
+            lambda kind: [
+                (metrics["invariance"][kind][name], metrics["invariance"][kind][name + "_se"]) for name in ("top1", "top1_stacked")
+            ],
+        ),
+        **{
+            title: (
+                [f"±{name.replace('ms', ' ms')}" for name in TOLERANCES],
+                lambda kind, key=key: [
+                    (metrics["alignment"][kind][key][name], metrics["alignment"][kind][key][name + "_se"]) for name in TOLERANCES
+                ],
+            )
+            for title, key in (("Beats found, score transposed", "transposed"), ("Beats found, score as written", "untransposed"))
+        },
+    }
+    with _picture(path, plot, 3.8) as figure:
+        row = figure.subplots(1, 3, sharey=True, width_ratios=[len(ticks) for ticks, _ in groups.values()])
+        for axes, (title, (ticks, figures)) in zip(row, groups.items(), strict=True):
+            _bars(axes, {kind: figures(kind) for kind in LABELS}, ticks)
+            axes.set(title=title, ylim=(0, 105))
+        row[0].set_ylabel(f"share, mean of {metrics['pieces']} held-out pieces ± standard error")
+        row[0].yaxis.set_major_formatter(PercentFormatter())
+        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LABELS))
+
+
+def draw_transposition(original, transposed, k, cqt, title, path, plot):
+    """Draw the features of a passage in two keys, and how they differ.
+
+    Parameters
+    ----------
+    original, transposed : ndarray, shape (n_frames, n_maps)
+    k : int
+        Semitones between them.
+    """
+    times = (0, len(original) * cqt.frame_seconds)
+    likeness = (unit(original) * unit(transposed)).sum(axis=1)
+    panels = {
+        f"Features of {title}, as written": original,
+        f"The same {abs(k)} semitone{'s' * (abs(k) > 1)} {'higher' if k > 0 else 'lower'}": transposed,
+        "Difference": transposed - original,
+    }
+    with _picture(path, plot, 7.6) as figure:
+        column = figure.subplots(4, sharex=True, height_ratios=[3, 3, 3, 1.4])
+        for axes, (name, values) in zip(column, panels.items(), strict=False):
+            image = _show_features(axes, values, times)
+            axes.set(title=name)
+        figure.colorbar(image, ax=column[:3], label="activation", pad=0.01)
+        column[3].plot(np.linspace(*times, len(likeness)), likeness, color=_ACCENT, linewidth=1)
+        column[3].set(
+            title=f"Cosine similarity of both, {likeness.mean():.2f} in the mean", xlabel="time (s)", ylim=(min(0, likeness.min()), 1.02)
+        )
+        column[3].grid(True)
+
+
+def draw_track(file, folder, plot):
+    """Draw the features of one track, and where it is similar to itself in whatever key, to folder/<stem of file>.png.
+
+    Parameters
+    ----------
+    file : Path
+        As `gae.features` writes it.
+    folder : Path
+    plot : gae.params.Plot
+    """
+    pooled, seconds = _pooled(file)
+    with _picture(Path(folder) / f"{Path(file).stem}.png", plot, 9.4, 8) as figure:
+        above, below = figure.subplots(2, sharex=True, height_ratios=[1, 3.6])
+        image = _show_features(above, pooled, (0, seconds))
+        above.set(title=f"Features of {Path(file).stem}")
+        figure.colorbar(image, ax=above, label="activation", pad=0.01)
+        image = below.imshow(self_similarity(pooled), extent=(0, seconds, 0, seconds), cmap=_MAGNITUDE, vmin=0, vmax=1)
+        below.set(title="Similarity to itself, transpositions ignored", xlabel="time (s)", ylabel="time (s)")
+        figure.colorbar(image, ax=below, label="cosine similarity", pad=0.01)
+
+
+def self_similarity(values):
+    """Cosine similarity of every passage with every other: (n, d) to (n, n).
+
+    Passages are stacks of eight successive frames, less their mean over the track, so that lines stand for sequences.
+    """
+    centred = unit(values - values.mean(axis=0))
+    padded = np.concatenate([centred, np.repeat(centred[-1:], _DIAGONAL - 1, axis=0)])
+    passages = unit(stack(padded, np.arange(len(values)), _DIAGONAL))
+    return passages @ passages.T
+
+
+def note_ticks(cqt):
+    """Where notes lie on an axis of bins.
+
+    Returns
+    -------
+    bins : ndarray of float64
+    names : list of str
+        Each C in range, as C2, C3, ...; every semitone where there are fewer than two.
+    """
+    names = ("C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B")
+    midi = np.arange(128)
+    bins = cqt.bins_per_octave * np.log2(440 * 2 ** ((midi - 69) / 12) / cqt.fmin)
+    inside = (bins >= -0.5) & (bins <= cqt.n_bins - 0.5)
+    octaves = inside & (midi % 12 == 0)
+    chosen = octaves if octaves.sum() > 1 else inside
+    return bins[chosen], [f"{names[note % 12]}{note // 12 - 1}" for note in midi[chosen]]
+
+
+@contextmanager
+def _picture(path, plot, height, width=_WIDTH):
+    """Yield an empty figure of our style that becomes the file `path`."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=plot.dpi)
+
+
+def _show_pitch(axes, values, cqt, times, limits, colours=_MAGNITUDE, label=True):
+    """Values (n_frames, n_bins) as an image of time by pitch."""
+    bins, names = note_ticks(cqt)
+    axes.set_yticks(bins, names)
+    axes.set_ylabel("pitch" if label else "")
+    extent = (*times, -0.5, values.shape[1] - 0.5)
+    return axes.imshow(values.T, extent=extent, cmap=colours, vmin=limits[0], vmax=limits[1])
+
+
+def _show_features(axes, values, times):
+    """Features (n_frames, n_maps) as an image over time."""
+    axes.set_ylabel("feature")
+    return axes.imshow(values.T, extent=(*times, -0.5, values.shape[1] - 0.5), cmap=_SIGNED, vmin=-1, vmax=1)
+
+
+def _histogram(axes, values, title, label, limits):
+    axes.hist(np.ravel(values), bins=80, range=limits, color=_ACCENT, alpha=0.85, density=True, log=True)
+    axes.set(title=title, xlabel=label, ylabel="density", xlim=limits)
+    axes.grid(True)
+
+
+def _bars(axes, figures, ticks):
+    """Groups of bars: figures[kind] holds mean and error for each tick."""
+    width = 0.84 / len(figures)
+    for n, (kind, pairs) in enumerate(figures.items()):
+        positions = np.arange(len(ticks)) + (n - (len(figures) - 1) / 2) * width
+        means, errors = zip(*pairs, strict=True)
+        axes.bar(
+            positions,
+            means,
+            width * 0.92,
+            yerr=errors,
+            color=_COLOURS[kind],
+            label=LABELS[kind],
+            error_kw={"elinewidth": 1, "ecolor": "#222222"},
+        )
+        if kind == "gae":
+            for position, mean, error in zip(positions, means, errors, strict=True):
+                axes.text(position, mean + error + 1, f"{mean:.0f}", ha="center", color=_ACCENT, weight="bold", size=8)
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(True, axis="y")
+
+
+def _excerpt(folder, cqt, seconds):
+    """Frames from the middle of the first track of a folder of shards, their first and last time, and the track's name."""
+    with Shards(folder) as shards:
+        if shards.cqt != cqt:
+            raise FormatError(f"{folder}: made with other cqt parameters than the model's; run `dvc repro`")
+        track = shards.lines[0][0]
+        n_frames = min(track.n_frames, max(2, round(seconds / cqt.frame_seconds)))
+        start = (track.n_frames - n_frames) // 2
+        times = (start * cqt.frame_seconds, (start + n_frames) * cqt.frame_seconds)
+        return shards.read(track.key, start, start + n_frames), times, Path(track.path).stem
+
+
+def _pooled(file):
+    """The features of a file of any length, pooled to a bounded number of frames, and their duration in s."""
+    header = features.validate(file)
+    n = -(-header.n_frames // _MATRIX)
+    step = n * max(1, (1 << 15) // n)
+    blocks = (features.read(file, start, start + step).values for start in range(0, header.n_frames, step))
+    return np.concatenate([pool(block.astype(np.float32), n) for block in blocks]), header.n_frames * header.origin.cqt.frame_seconds
+
+
+def _draw_heldout(corpus, model, path, plot):
+    """The features of the first held-out piece in two keys."""
+    piece, cqt = heldout_pieces(corpus)[0], model.cqt
+    n_frames = round(plot.seconds / cqt.frame_seconds)
+    original, transposed = (
+        extract_frames(cqt_frames(audio.load(heldout_file(corpus, piece, take), cqt.sample_rate), cqt), model)
+        for take in ("original", "transposed")
+    )
+    start = max(0, (min(len(original), len(transposed)) - n_frames) // 2)
+    passage = slice(start, start + n_frames)
+    draw_transposition(original[passage], transposed[passage], piece["takes"]["transposed"]["k"], cqt, piece["id"], path, plot)
+
+
+@torch.no_grad()
+def _rebuild(frames, network, bins):
+    """Frames transposed by some bins, and the same as the network rebuilds them: the mapping of the frames as they
+    are, applied to the transposed context.
+    """
+    y = torch.from_numpy(frames)[None].to(network.filters_y.device)
+    x = torch.cat([y[:, :1].expand(-1, network.sizes.context, -1), y], dim=1)[:, :-1]
+    rebuilt = network.reconstruct(network.mapping(x, y), transpose(x, bins))
+    return transpose(y, bins)[0].cpu().numpy(), rebuilt[0].cpu().numpy()
+
+
+def _order(network):
+    """The filters, those first that weigh most in the first mapping layer."""
+    return np.argsort(-np.linalg.norm(network.weights["map_1.weight"], axis=0), kind="stable")
+
+
+def _curves(folder):
+    """DVCLive's curves: {name: (steps, values)}."""
+    root = Path(folder) / "plots" / "metrics"
+    curves = {}
+    for file in sorted(root.rglob("*.tsv")):
+        with open(file, newline="", encoding="utf-8") as text:
+            rows = list(csv.DictReader(text, delimiter="\t"))
+        points = np.array([(float(row["step"]), float(row[file.stem])) for row in rows]).reshape(-1, 2)
+        curves[file.relative_to(root).with_suffix("").as_posix()] = (points[:, 0], points[:, 1])
+    return curves
+
+
+def _smooth(steps, values):
+    """A running mean over a twentieth of the curve."""
+    n = max(1, len(values) // 20)
+    return steps[n - 1 :] - (steps[n - 1] - steps[0]) / 2, np.convolve(values, np.full(n, 1 / n), "valid")
+
+
+def _range(values):
+    """Limits of colour that leave the outermost values out."""
+    return tuple(np.quantile(values, (0.02, 0.997)))
+
+
+def _widest(*arrays):
+    return min(float(values.min()) for values in arrays), max(float(values.max()) for values in arrays)

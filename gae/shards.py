@@ -1,0 +1,284 @@
+"""The HDF5 files that hold frames: many tracks a file, each under its content's key.
+
+A folder of shards is a set of tracks. Which shard holds a track follows from its key alone (the first bits of a
+hash), and how many shards there are from the total size alone: the same tracks give the same files, in whatever order
+they came, and one more track rewrites one file.
+
+    <folder>/index.json          the lines of the list, in order: {"lines": [[{"key", "path", "n_frames"}, ...views], ...]}
+    <folder>/shard-<bits>.h5     attributes: schema, cqt (JSON); one group a track, named by its key:
+                                 dataset "cqt" (n_frames, n_bins), chunked in time, not compressed;
+                                 attributes path, duration (s), n_frames, peak (largest magnitude)
+"""
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from gae.errors import FormatError
+from gae.files import read_json, replacing, write_json
+from gae.params import Cqt
+
+SCHEMA = 1
+_CHUNK = 256  # frames in one HDF5 chunk: about what training reads at a time
+_REMEDY = "delete it and run `dvc repro` again"
+
+
+@dataclass(frozen=True)
+class Track:
+    """One track of a shard: where its frames lie and what they came from."""
+
+    key: str
+    file: Path
+    path: str
+    n_frames: int
+    duration: float
+    peak: float
+    dtype: str
+
+
+class Shards:
+    """The tracks of a folder of shards, open for reading.
+
+    Parameters
+    ----------
+    folder : str or Path
+
+    Attributes
+    ----------
+    cqt : Cqt or None
+        How the frames were made; None where the folder has no shards.
+    tracks : dict of str to Track
+    lines : list of list of Track
+        The lines of the list, in order; each holds one track, or several views of one performance.
+
+    Raises
+    ------
+    FormatError
+        If a shard is missing, damaged or of another version, or the shards' parameters differ.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self._open = {}
+        self.cqt, self.tracks = None, {}
+        for file in sorted(self.folder.glob("shard-*.h5")):
+            cqt, tracks = read_shard(file)
+            if self.cqt not in (None, cqt):
+                raise FormatError(f"{file}: made with other cqt parameters than its neighbours; {_REMEDY}")
+            self.cqt = cqt
+            self.tracks.update(tracks)
+        self.lines = [[self._track(view["key"]) for view in line] for line in self._index()]
+
+    def read(self, key, start=0, stop=None):
+        """Frames `start` to `stop` of a track: float32, shape (stop - start, n_bins)."""
+        track = self.tracks[key]
+        try:
+            return self._file(track.file)[key]["cqt"][start:stop].astype(np.float32)
+        except (OSError, KeyError) as error:
+            raise FormatError(f"{track.file}: damaged ({_one_line(error)}); {_REMEDY}") from None
+
+    def blocks(self, key, n_frames=8192):
+        """The frames of a track, `n_frames` at a time."""
+        for start in range(0, self.tracks[key].n_frames, n_frames):
+            yield self.read(key, start, start + n_frames)
+
+    def close(self):
+        """Close all files."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _file(self, path):
+        if path not in self._open:
+            if len(self._open) >= 64:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[path] = h5py.File(path, "r")
+        return self._open[path]
+
+    def _index(self):
+        try:
+            return read_json(self.folder / "index.json")["lines"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise FormatError(f"{self.folder / 'index.json'}: missing or damaged; run `dvc repro preprocess`") from None
+
+    def _track(self, key):
+        if key not in self.tracks:
+            raise FormatError(f"{self.folder}: track {key} is in no shard; {_REMEDY}")
+        return self.tracks[key]
+
+
+def read_shard(file):
+    """The parameters and tracks of one shard.
+
+    Returns
+    -------
+    cqt : Cqt
+    tracks : dict of str to Track
+
+    Raises
+    ------
+    FormatError
+        If it can't be read, is of another version, or a track's frames don't have the shape that is claimed.
+    """
+    try:
+        with h5py.File(file, "r") as shard:
+            if shard.attrs.get("schema") != SCHEMA:
+                raise FormatError(f"{file}: schema {shard.attrs.get('schema')}, expected {SCHEMA}; {_REMEDY}")
+            cqt = Cqt.model_validate(json.loads(shard.attrs["cqt"]))
+            return cqt, {key: _read_track(file, key, group, cqt) for key, group in shard.items()}
+    except FormatError:
+        raise
+    except Exception as error:  # h5py raises whatever the damage suggests to it
+        raise FormatError(f"{file}: not a readable shard ({_one_line(error)}); {_REMEDY}") from None
+
+
+def read_blocks(file, key, n_frames=8192):
+    """The frames of one track of one shard, without looking at the others.
+
+    Parameters
+    ----------
+    file : str or Path
+    key : str
+    n_frames : int
+        Frames a block.
+
+    Returns
+    -------
+    int
+        Number of frames of the track.
+    iterator of ndarray of float32, shape (n, n_bins)
+    """
+    try:
+        with h5py.File(file, "r") as shard:
+            length = len(shard[key]["cqt"])
+    except (OSError, KeyError) as error:
+        raise FormatError(f"{file}: damaged ({_one_line(error)}); {_REMEDY}") from None
+
+    def blocks():
+        with h5py.File(file, "r") as shard:
+            for start in range(0, length, n_frames):
+                yield shard[key]["cqt"][start : start + n_frames].astype(np.float32)
+
+    return length, blocks()
+
+
+@contextmanager
+def writing(file, cqt):
+    """Yield an open HDF5 file that becomes the shard `file` when the block ends well."""
+    with replacing(file) as partial, h5py.File(partial, "w", libver=("v110", "v110")) as shard:
+        shard.attrs["schema"] = SCHEMA
+        shard.attrs["cqt"] = json.dumps(cqt.model_dump(), sort_keys=True)
+        yield shard
+
+
+def add_track(shard, key, blocks, n_bins, dtype, **attributes):
+    """Append a track to a shard open for writing.
+
+    Parameters
+    ----------
+    shard : h5py.File
+    key : str
+    blocks : iterable of ndarray, shape (n, n_bins)
+        Successive standardised frames.
+    n_bins : int
+    dtype : {"float16", "float32"}
+    **attributes
+        path (str), duration (s), peak.
+
+    Returns
+    -------
+    int
+        Number of frames written.
+    """
+    group = shard.create_group(key)
+    dataset = group.create_dataset("cqt", (0, n_bins), dtype, maxshape=(None, n_bins), chunks=(_CHUNK, n_bins))
+    for block in blocks:
+        dataset.resize(len(dataset) + len(block), axis=0)
+        dataset[-len(block) :] = block
+    group.attrs.update(attributes, n_frames=len(dataset))
+    return len(dataset)
+
+
+def write_folder(folder, lines, sources, cqt, shard_bytes):
+    """Make a folder hold exactly the tracks of a list, rewriting only the shards that change.
+
+    Parameters
+    ----------
+    folder : str or Path
+    lines : list of list of (str, str)
+        Key and path of the list's tracks, line by line.
+    sources : dict of str to Path
+        For each key, a shard that holds it, in `folder` itself or where nothing changes meanwhile.
+    cqt : Cqt
+    shard_bytes : int
+        Shards are halved until their average is below this.
+    """
+    folder = Path(folder)
+    paths = dict(sorted((key, path) for line in reversed(lines) for key, path in reversed(line)))
+    shards = {file: read_shard(file)[1] for file in {sources[key] for key in paths}}
+    tracks = {key: replace(shards[sources[key]][key], path=path) for key, path in paths.items()}
+    plan = _plan(tracks, shard_bytes, cqt)
+    for name, wanted in plan.items():
+        if not _holds(folder / name, wanted, cqt):
+            _write_shard(folder / name, wanted, cqt)
+    for file in folder.glob("shard-*.h5"):
+        if file.name not in plan:
+            file.unlink()
+    views = [[{"key": key, "path": path, "n_frames": tracks[key].n_frames} for key, path in line] for line in lines]
+    write_json(folder / "index.json", {"schema": SCHEMA, "lines": views})
+
+
+def copy_track(source, key, file):
+    """Copy one track of the shard `source` to a shard of its own."""
+    cqt, tracks = read_shard(source)
+    _write_shard(file, [tracks[key]], cqt)
+
+
+def _plan(tracks, shard_bytes, cqt):
+    """Which shard holds which tracks: the first `bits` bits of the key choose it."""
+    total = sum(track.n_frames * np.dtype(track.dtype).itemsize for track in tracks.values()) * cqt.n_bins
+    bits = 0
+    while total > shard_bytes << bits and 1 << bits < len(tracks):
+        bits += 1
+    plan = {}
+    for key, track in tracks.items():
+        plan.setdefault(f"shard-{int(key[:8], 16) >> (32 - bits):0{bits}b}.h5" if bits else "shard-all.h5", []).append(track)
+    return plan
+
+
+def _holds(file, wanted, cqt):
+    """Whether a shard is just what would be written: these tracks, of these paths, made with these parameters."""
+    try:
+        made_with, tracks = read_shard(file)
+    except FormatError:
+        return False
+    return made_with == cqt and list(tracks.values()) == [replace(track, file=file) for track in wanted]
+
+
+def _write_shard(file, tracks, cqt):
+    with writing(file, cqt) as shard:
+        for track in tracks:
+            with h5py.File(track.file, "r") as origin:
+                origin.copy(track.key, shard)
+            shard[track.key].attrs["path"] = track.path
+
+
+def _read_track(file, key, group, cqt):
+    n_frames = int(group.attrs["n_frames"])
+    if group["cqt"].shape != (n_frames, cqt.n_bins):
+        raise FormatError(f"{file}: track {key} has {group['cqt'].shape} frames, not ({n_frames}, {cqt.n_bins}); {_REMEDY}")
+    about = group.attrs
+    return Track(key, Path(file), str(about["path"]), n_frames, float(about["duration"]), float(about["peak"]), str(group["cqt"].dtype))
+
+
+def _one_line(error):
+    return " ".join(str(error).split())

@@ -1,0 +1,378 @@
+"""Training, read from top to bottom: the loop, what it does at each pause, the loss, and how weights are judged.
+
+One process or many (GPUs, hosts) run the same code through Lightning Fabric. The draws of a step follow from the seed and
+the step alone (`gae.batches`), so weights, optimiser state and the number of the step are all that a checkpoint needs.
+"""
+
+import copy
+import math
+import shutil
+import time
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+import torch
+from dvclive import Live
+from lightning_fabric import Fabric
+from torch import nn
+from tqdm import tqdm
+
+from gae import plot
+from gae.batches import Excerpts, transpose
+from gae.checkpoints import Checkpoints
+from gae.errors import TrainingError
+from gae.files import digest, read_json, write_json
+from gae.measures import invariance_top1
+from gae.model import GatedAutoencoder, contrast, save_model, sparsity
+from gae.shards import Shards
+
+PAUSE_STEPS = 25  # steps between two looks at the loss; all else happens at some of these pauses
+VALIDATION_STEPS = 500
+_VALIDATION_FRAMES = 1200
+_RUNTIME = {"accelerator", "devices", "nodes", "checkpoint_seconds"}  # parameters that leave the result as it is
+
+
+def train(params, shards_folder, model_path, metrics_path, curves, drawings, checkpoints):
+    """Train a model, going on from the last checkpoint of the same parameters and data.
+
+    Parameters
+    ----------
+    params : gae.params.Params
+        Reads model, train and plot.interval.
+    shards_folder : Path
+        Shards of the training list.
+    model_path, metrics_path : Path
+        The model file, and a JSON with the final losses, the steps and the speed.
+    curves, drawings : Path
+        Folders for DVCLive's curves and for drawings of the network.
+    checkpoints : Path
+        Folder for checkpoints; gone when training has ended.
+
+    Raises
+    ------
+    TrainingError
+        If there is too little data, or the loss is NaN or diverges; the last good weights are then in `model_path`.
+    """
+    fabric = launch(params.train)
+    with Shards(shards_folder) as shards:
+        run = Run(fabric, params, shards, checkpoints)
+        view = View(run, curves, drawings) if fabric.is_global_zero else None
+        for batch in run.excerpts.batches(run.step, params.train.steps):
+            run.update(batch)
+            if run.step % PAUSE_STEPS and not run.ended:
+                continue
+            trouble = run.look()
+            if trouble:
+                run.write_good(model_path)
+                raise TrainingError(f"{trouble}; weights from before are in {model_path}; lower train.learning_rate")
+            if run.step % VALIDATION_STEPS == 0 or run.ended:
+                run.validate()
+            if view:
+                view.update(run)
+            run.checkpoint()
+            if run.ended:
+                break
+        if fabric.is_global_zero:
+            view.close()
+            run.write(model_path, run.best)
+            write_json(metrics_path, run.metrics())
+            run.store.clear()
+
+
+def launch(train):
+    """The `Fabric` that the parameters ask for, its processes started."""
+    torch.set_float32_matmul_precision("high")
+    world = train.devices * train.nodes
+    fabric = Fabric(
+        accelerator=train.accelerator,
+        devices=train.devices,
+        num_nodes=train.nodes,
+        strategy="ddp" if world > 1 else "auto",
+        precision="bf16-mixed" if train.precision == "bf16" else "32-true",
+    )
+    fabric.launch()
+    return fabric
+
+
+class Run:
+    """The state of one training run, and what moves it on.
+
+    Attributes
+    ----------
+    step : int
+        Steps done.
+    history : list of dict
+        A row for each pause: step and mean losses since the last, and the validation's score where there was one.
+    model, average, best : GatedAutoencoder
+        The weights being trained, their moving average, and the average that did best at validation.
+    """
+
+    def __init__(self, fabric, params, shards, checkpoints):
+        self.fabric, self.params, self.shards = fabric, params, shards
+        self.data = digest(read_json(shards.folder / "index.json"))
+        lines, held_out = split(shards.lines, params.train.validation)
+        self.excerpts = Excerpts(shards, lines, params.model.context, params.train, fabric.global_rank, fabric.world_size)
+        self.validation = Validation(shards, held_out, params.model.context, params.train.seed)
+
+        torch.manual_seed(params.train.seed)
+        self.model = GatedAutoencoder(shards.cqt.n_bins, params.model)
+        self.model.set_filter_norm(params.train.filter_norm)
+        self.average = copy.deepcopy(self.model).requires_grad_(False).to(fabric.device)
+        self.best, self.good = copy.deepcopy(self.average), copy.deepcopy(self.average)
+        optimiser = torch.optim.Adam(self.model.parameters(), lr=params.train.learning_rate)
+        self.objective, self.optimiser = fabric.setup(Objective(self.model, params.train, _gatherer(fabric)), optimiser)
+
+        self.step, self.history, self.seconds = 0, [], 0.0
+        self.best_score, self.best_step, self.fruitless = -math.inf, 0, 0
+        self._window = []
+        recipe = [params.model.model_dump(), recipe_of(params.train), self.data]
+        modules = {"model": self.model, "average": self.average, "best": self.best}
+        self.store = Checkpoints(checkpoints, digest(recipe), modules, optimiser, fabric.is_global_zero)
+        vars(self).update(self.store.resume() or {})
+        self.good_step = self.step
+        self._checkpointed = self._since = time.monotonic()
+
+    @property
+    def ended(self):
+        """Whether all steps are done, or validation has seen no progress for long enough."""
+        patience = self.params.train.patience
+        return self.step >= self.params.train.steps or (patience and self.fruitless >= patience)
+
+    def update(self, batch):
+        """One step of the optimiser."""
+        train = self.params.train
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.step, train)
+        terms = self.objective(*(torch.from_numpy(array).to(self.fabric.device) for array in astuple(batch)))
+        self.optimiser.zero_grad(set_to_none=True)
+        self.fabric.backward(terms["loss"])
+        self.optimiser.step()
+        self.model.set_filter_norm(train.filter_norm)
+        # early weights must not linger in the average: it starts short and grows to its full length
+        keep = min(train.averaging, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
+        self._window.append({name: term.detach() for name, term in terms.items()})
+        self.step += 1
+
+    def look(self):
+        """Note the mean losses since the last pause; say what is wrong with them, if anything."""
+        names = list(self._window[0])
+        means = torch.stack([torch.stack([terms[name] for terms in self._window]).mean() for name in names])
+        row = dict(zip(names, self.fabric.all_reduce(means, reduce_op="mean").tolist(), strict=True))
+        self._window = []
+        if not (math.isfinite(row["loss"]) and all(weight.isfinite().all() for weight in self.model.parameters())):
+            return f"the loss became NaN or infinite between steps {self.good_step} and {self.step}"
+        self.history.append({"step": self.step, **row})
+        if len(self.history) > 8 and row["loss"] > 3 * self.history[0]["loss"]:
+            return f"the loss diverges: {row['loss']:.3g} at step {self.step}, {self.history[0]['loss']:.3g} at the start"
+        self.good.load_state_dict(self.average.state_dict())
+        self.good_step = self.step
+        return None
+
+    def validate(self):
+        """Score the averaged weights on the tracks kept for it; without such tracks the newest are the best."""
+        score = self.validation.score(self.average)
+        if score is None or score > self.best_score:
+            self.best.load_state_dict(self.average.state_dict())
+            self.best_step, self.fruitless = self.step, 0
+        else:
+            self.fruitless += 1
+        if score is not None:
+            self.best_score = max(self.best_score, score)
+            self.history[-1]["validation_top1"] = score
+
+    def checkpoint(self):
+        """Save the whole state if the last time is long enough ago."""
+        if time.monotonic() - self._checkpointed < self.params.train.checkpoint_seconds:
+            return
+        self._checkpointed = time.monotonic()
+        self.store.save(
+            step=self.step, history=self.history, seconds=self.elapsed(),
+            best_score=self.best_score, best_step=self.best_step, fruitless=self.fruitless,
+        )  # fmt: skip
+
+    def elapsed(self):
+        """Seconds of training so far, over all the runs that led here."""
+        return self.seconds + time.monotonic() - self._since
+
+    def write(self, path, weights):
+        """Write the model file."""
+        facts = {"train": recipe_of(self.params.train), "data": self.data, "step": self.best_step, "metrics": self.history[-1]}
+        save_model(path, weights, self.shards.cqt, **facts)
+
+    def write_good(self, path):
+        """Write the last weights that were sound."""
+        if self.fabric.is_global_zero and self.history:
+            self.write(path, self.good)
+
+    def metrics(self):
+        """What `dvc metrics` shows of training: final losses, the best validation, speed in frames a second."""
+        train = self.params.train
+        frames = self.step * train.batch * train.block
+        final = {name: round(value, 5) for name, value in self.history[-1].items() if name != "step"}
+        return {**final, "step": self.best_step, "steps": self.step, "frames_per_second": round(frames / self.elapsed())}
+
+
+class View:
+    """What a person sees of a run: the bar, DVCLive's curves, drawings of the network."""
+
+    def __init__(self, run, curves, drawings):
+        if run.step == 0:
+            for folder in (curves, drawings):
+                shutil.rmtree(folder, ignore_errors=True)
+        self.drawings = Path(drawings)
+        self.drawings.mkdir(parents=True, exist_ok=True)
+        self.live = Live(str(curves), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+        for row in run.history:
+            self._log(row)
+        self.bar = tqdm(desc="train", unit="step", initial=run.step, total=run.params.train.steps, mininterval=0.5)
+        self.frames = run.shards.read(run.excerpts.lines[0][0].key, 0, 1500)
+
+    def update(self, run):
+        """Show a pause: a point of the curves, the bar, and a drawing when it is due."""
+        row = run.history[-1]
+        self._log(row)
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "step"}, refresh=False)
+        self.bar.update(run.step - self.bar.n)
+        if run.step % run.params.plot.interval == 0 or run.ended:
+            plot.draw_network(run.average, run.shards.cqt, self.frames, self.drawings, run.step)
+
+    def close(self):
+        """Finish the bar and the curves."""
+        self.bar.close()
+        self.live.end()
+
+    def _log(self, row):
+        self.live.step = row["step"]
+        for name, value in row.items():
+            if name != "step":
+                self.live.log_metric(name, value)
+        self.live.sync()
+
+
+class Objective(nn.Module):
+    """The model with its loss, as one module for Fabric to wrap.
+
+    Parameters
+    ----------
+    model : GatedAutoencoder
+    train : gae.params.Train
+    gather : callable
+        Collects a tensor from all processes, with gradients.
+    """
+
+    def __init__(self, model, train, gather=lambda tensor: tensor):
+        super().__init__()
+        self.model, self.settings, self.gather = model, train, gather
+
+    def forward(self, x1, y1, x2, y2):
+        """The terms of the loss for the two sides of a batch (see `gae.batches.Batch`).
+
+        The original's objective rebuilds the transposed y2 from the mapping of (x1, y1) and the context x2: the mean squared
+        error. That of invariance rebuilds each side by the other's mapping, as a share of the power of y, and asks that
+        the two mappings of a frame be closer to each other than to those of other frames.
+
+        Returns
+        -------
+        dict of str to Tensor
+            loss, reconstruction, and where they are used contrast and sparsity.
+        """
+        settings, model = self.settings, self.model
+        factors_1, factors_2 = model.x_factors(x1), model.x_factors(x2)
+        m1 = model.relate(factors_1, model.y_factors(y1))
+        if settings.objective == "reconstruction":
+            terms = {"reconstruction": (model.rebuild(m1, factors_2) - y2).square().mean()}
+        else:
+            m2 = model.relate(factors_2, model.y_factors(y2))
+            error = (model.rebuild(m2, factors_1) - y1).square().sum() + (model.rebuild(m1, factors_2) - y2).square().sum()
+            terms = {"reconstruction": error / (y1.square().sum() + y2.square().sum()).clamp_min(1e-6)}
+            if settings.contrast:
+                terms["contrast"] = contrast(self._contrasted(m1), self._contrasted(m2), settings.temperature)
+        if settings.sparsity:
+            terms["sparsity"] = sparsity(m1)
+        decay = model.filters_x.square().sum() + model.filters_y.square().sum() if settings.weight_decay else 0.0
+        loss = (
+            terms["reconstruction"]
+            + settings.contrast * terms.get("contrast", 0.0)
+            + settings.sparsity * terms.get("sparsity", 0.0)
+            + settings.weight_decay * decay
+        )
+        return {"loss": loss, **terms}
+
+    def _contrasted(self, mapping):
+        """Every n-th frame of all excerpts of all processes, `contrast_frames` in all where there are as many."""
+        every = max(1, round(self.settings.batch * self.settings.block / self.settings.contrast_frames))
+        return self.gather(mapping[:, ::every].contiguous()).flatten(0, -2)
+
+
+class Validation:
+    """Invariance on tracks of the list that training does not see.
+
+    Frames of one view must find themselves among frames of the last view (another sound, where there are views),
+    transposed by -6 to 6 semitones but 0.
+
+    Parameters
+    ----------
+    shards : gae.shards.Shards
+    lines : list of list of Track
+        May be empty.
+    context : int
+    seed : int
+    """
+
+    def __init__(self, shards, lines, context, seed):
+        rng = np.random.default_rng([seed, 1])
+        queries, candidates = [], []
+        for line in lines:
+            last = min(track.n_frames for track in line) - context - 1
+            shift = int(rng.choice([k for k in range(-6, 7) if k])) * shards.cqt.bins_per_octave // 12
+            for start in rng.integers(0, last + 1, math.ceil(_VALIDATION_FRAMES / len(lines))):
+                queries.append(shards.read(line[0].key, start, start + context + 1))
+                candidates.append(transpose(shards.read(line[-1].key, start, start + context + 1), shift))
+        self.windows = [torch.from_numpy(np.stack(windows)) for windows in (queries, candidates) if windows]
+
+    def score(self, model):
+        """Share of the frames whose nearest by cosine is themselves, transposed; None without tracks."""
+        if not self.windows:
+            return None
+        device = model.filters_x.device
+        with torch.inference_mode():
+            mappings = [model.mapping(w[:, :-1].to(device), w[:, -1:].to(device))[:, 0].cpu().numpy() for w in self.windows]
+        return float(np.mean(invariance_top1(*mappings)))
+
+
+def split(lines, share):
+    """Divide lines into (those to train on, those to validate on), by their content, whatever their order.
+
+    Fewer than five lines are all trained on.
+    """
+    count = round(share * len(lines)) if share and len(lines) < 20 else math.floor(share * len(lines))
+    if count == 0 or len(lines) < 5:
+        return lines, []
+    held_out = {line[0].key for line in sorted(lines, key=lambda line: digest(line[0].key))[:count]}
+    return [line for line in lines if line[0].key not in held_out], [line for line in lines if line[0].key in held_out]
+
+
+def learning_rate(step, train):
+    """The rate of a step: constant, or one cycle of two half cosines, up to the peak and down to nothing.
+
+    L. Smith, N. Topin: Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates, 2018.
+    """
+    if train.schedule == "constant":
+        return train.learning_rate
+    rise = max(1.0, train.warmup * train.steps)
+    if step < rise:
+        return train.learning_rate * (0.04 + 0.96 * (1 - math.cos(math.pi * step / rise)) / 2)
+    return train.learning_rate * max(1e-4, (1 + math.cos(math.pi * (step - rise) / max(1.0, train.steps - rise))) / 2)
+
+
+def recipe_of(train):
+    """The parameters on which the weights depend."""
+    return train.model_dump(exclude=_RUNTIME)
+
+
+def _gatherer(fabric):
+    if fabric.world_size == 1:
+        return lambda tensor: tensor
+    return lambda tensor: fabric.all_gather(tensor, sync_grads=True)

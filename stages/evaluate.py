@@ -1,0 +1,16 @@
+"""The model judged on held-out music, next to chroma and CQT: invariance, alignment, reconstruction, speed."""
+
+import checkout  # noqa: F401, I001
+from gae.commandline import stage
+from gae.evaluate import evaluate
+
+if __name__ == "__main__":
+    with stage(
+        __doc__,
+        reads=["evaluate", "train.shift", "compute"],
+        corpus="data/corpus",
+        model="models/gae.safetensors",
+        training="models/metrics.json",
+        out="metrics.json",
+    ) as (params, paths):
+        evaluate(params, paths.corpus, paths.model, paths.training, paths.out)
