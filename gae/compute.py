@@ -1,37 +1,21 @@
 """The one place that decides where work over many tracks runs.
 
 A unit of work is a top-level function of plain arguments that writes its own output whole or not at all and returns a
-small report. It runs unchanged in processes of this machine and on a Dask cluster.
+small report. It runs unchanged in processes of this machine and on a Dask cluster that sees the same files.
 """
 
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from gae.errors import GaeError
+
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-
-
-@contextmanager
-def executor(compute):
-    """Yield a `concurrent.futures.Executor` as the parameters ask.
-
-    Parameters
-    ----------
-    compute : gae.params.Compute
-    """
-    workers = compute.workers or len(os.sched_getaffinity(0))
-    # children import numpy afresh and read these: one thread each, as many processes as cores
-    with _environment({name: "1" for name in _THREADS}):
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        pool.shutdown()
+_RETRIES = 3  # of a track whose Dask worker died
 
 
 def map_tracks(function, items, compute, label, arguments=()):
@@ -52,15 +36,75 @@ def map_tracks(function, items, compute, label, arguments=()):
     -------
     list
         The reports, in the order of `items`.
+
+    Raises
+    ------
+    GaeError
+        If a worker process was killed, or no Dask scheduler answers.
     """
     if not items:
         return []
+    reports = [None] * len(items)
     with executor(compute) as pool:
-        futures = {pool.submit(function, item, *arguments): n for n, item in enumerate(items)}
-        reports = [None] * len(items)
-        for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
-            reports[futures[future]] = future.result()
+        futures = {pool.submit(_at, os.getcwd(), function, item, *arguments): n for n, item in enumerate(items)}
+        try:
+            for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
+                reports[futures.pop(future)] = future.result()
+        except BrokenProcessPool:
+            raise GaeError(f"{label}: a worker process was killed (out of memory?); run again, it goes on where it was") from None
     return reports
+
+
+@contextmanager
+def executor(compute):
+    """Yield a `concurrent.futures.Executor`: processes of this machine, or a Dask cluster's.
+
+    Parameters
+    ----------
+    compute : gae.params.Compute
+    """
+    workers = compute.workers or len(os.sched_getaffinity(0))
+    if compute.scheduler != "local" or compute.cluster != "none":
+        with _dask_client(compute, workers) as client:
+            yield client.get_executor(pure=False, retries=_RETRIES)
+        return
+    # children read these when they import numpy: one thread each, as many processes as cores
+    with _environment(dict.fromkeys(_THREADS, "1")):
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _dask_client(compute, workers):
+    """A client of the scheduler that is named, or of a cluster that lives as long as the client."""
+    import distributed
+
+    if compute.scheduler != "local":
+        try:
+            client = distributed.Client(compute.scheduler, timeout="30s")
+        except OSError:
+            raise GaeError(f"compute.scheduler: no Dask scheduler answers at {compute.scheduler}; start one with `dask scheduler`") from None
+        with client:
+            yield client
+        return
+    if compute.cluster == "slurm":
+        from dask_jobqueue import SLURMCluster
+
+        cluster = SLURMCluster()  # cores, memory, queue: from Dask's own configuration, see docs/scale.md
+        cluster.scale(jobs=workers)
+    else:
+        cluster = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+    with cluster, distributed.Client(cluster) as client:
+        yield client
+
+
+def _at(folder, function, item, *arguments):
+    """Run a unit of work where relative paths mean what they mean to the caller."""
+    os.chdir(folder)
+    return function(item, *arguments)
 
 
 @contextmanager

@@ -36,10 +36,10 @@ _PLAYERS = ("music21", "midirenderer", "pretty_midi", "soundfile", "soxr")  # pa
 _SECONDS = (20.0, 210.0)  # shorter pieces are left out, longer ones end early
 _LEAD_IN, _TAIL = 0.25, 1.0  # s before the first note and after the last
 _PEAK = 0.8  # of full scale
-_COMPASS = (27, 96)  # MIDI pitches a score may hold
+_RANGE = (27, 96)  # MIDI pitches a score may hold
 _CHANNELS = 15  # parts that sound at once: the 16 of MIDI without the drums
-# Unrelated chorales have less than 0.25 of their phrases of 8 intervals in common, harmonisations of one melody 0.4 to 1.
-_PHRASE, _ALIKE, _FEW = 8, 0.3, 20  # intervals; share above which melodies count as one; phrases that make up a melody
+# Of two unrelated chorales at most 0.3 of the phrases agree, of two harmonisations of one melody as a rule 0.35 to 1.
+_PHRASE, _ALIKE, _FEW = 8, 0.3, 20  # intervals in a phrase; that share; fewer phrases than these count as these
 
 
 # ---- what is played
@@ -131,7 +131,8 @@ FAMILIES = {
 }
 FAMILY_SHARES = {"piano": 4.0}  # 1 for the others
 
-# MIDI pitches that a program plays in tune and in time, where it is not all of 30..102
+# MIDI pitches that a sound plays in tune and in time, as measured; a piano plays those of any score
+COMPASS = (30, 102)
 COMPASSES = {
     11: (33, 102), 54: (30, 92), 57: (30, 95), 58: (30, 97), 59: (30, 96), 60: (30, 96), 61: (30, 93), 62: (30, 93), 63: (30, 93),
     68: (40, 96), 72: (60, 102), 73: (48, 102), 74: (55, 102), 75: (48, 102), 81: (30, 90), 83: (30, 92),
@@ -301,8 +302,8 @@ def _check(notes):
     if len(notes) < 20:
         raise Unplayable("has fewer than 20 notes")
     lowest, highest = notes["pitch"].min(), notes["pitch"].max()
-    if lowest < _COMPASS[0] or highest > _COMPASS[1]:
-        raise Unplayable(f"goes from MIDI pitch {lowest} to {highest}, beyond {_COMPASS[0]} to {_COMPASS[1]}")
+    if lowest < _RANGE[0] or highest > _RANGE[1]:
+        raise Unplayable(f"goes from MIDI pitch {lowest} to {highest}, beyond {_RANGE[0]} to {_RANGE[1]}")
 
 
 def _title(piece):
@@ -438,7 +439,8 @@ def draw_programs(family, notes, shifts, rng):
 def _draw_program(family, pitches, shifts, rng):
     """A sound of the family that has all the pitches; a piano if none has."""
     lowest, highest = pitches.min() + min(shifts), pitches.max() + max(shifts)
-    reaching = [p for p in FAMILIES[family] if COMPASSES.get(p, (0, 127))[0] <= lowest and highest <= COMPASSES.get(p, (0, 127))[1]]
+    compasses = {program: COMPASSES.get(program, COMPASS) for program in FAMILIES[family]}
+    reaching = [program for program, (bottom, top) in compasses.items() if bottom <= lowest and highest <= top]
     return int(rng.choice(reaching or FAMILIES["piano"]))
 
 

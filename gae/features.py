@@ -12,10 +12,12 @@ import os
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import h5py
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from gae.cqt import frame_times
 from gae.errors import FormatError
@@ -102,7 +104,8 @@ def extract_frames(frames, model):
 def extract_blocks(blocks, model):
     """Features of a recording whose frames arrive block by block, in constant memory.
 
-    The frames are mapped over a fixed grid, so the result is the same, bit for bit, however they arrive.
+    The frames are mapped over a fixed grid by one thread, so the result is the same, bit for bit, however they arrive and
+    however many cores there are.
 
     Parameters
     ----------
@@ -121,7 +124,9 @@ def extract_blocks(blocks, model):
         if past is None:
             past = np.repeat(frames[:1], context, axis=0)
         joined = np.concatenate([past, frames], dtype=np.float32)
-        yield mapping(joined)
+        with _matrix_libraries().limit(limits=1):
+            values = mapping(joined)
+        yield values
         past = joined[-context:]
 
 
@@ -225,6 +230,11 @@ def _mapping(model):
         return np.tanh(np.tanh(factors @ map_1 + bias_1) @ map_2 + bias_2)
 
     return mapping
+
+
+@lru_cache(maxsize=1)
+def _matrix_libraries():
+    return ThreadpoolController().select(user_api="blas")
 
 
 def _regrid(blocks, size):

@@ -1,14 +1,18 @@
 """Pictures of data, network, features and results. Everything is drawn from arrays; only `draw` and `draw_track` read files."""
 
 import csv
+import warnings
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
+from PIL import Image
 from tqdm import tqdm
 
 from gae import audio, features
@@ -123,8 +127,8 @@ def draw_input(frames, cqt, times, title, path, plot):
     with _picture(path, plot, 3.6) as figure:
         axes = figure.subplots()
         image = _show_pitch(axes, frames, cqt, times, _range(frames))
-        axes.set(title=f"Input: constant-Q frames of {title}", xlabel="time (s)")
-        figure.colorbar(image, label="standardised magnitude", pad=0.01)
+        axes.set(title=f"Input: constant-Q frames of {_plain(title)}", xlabel="time (s)")
+        _scale(figure, image, axes, "standardised magnitude")
 
 
 def draw_reconstruction(frames, target, rebuilt, cqt, path, plot, suffix=""):
@@ -135,13 +139,13 @@ def draw_reconstruction(frames, target, rebuilt, cqt, path, plot, suffix=""):
     frames, target, rebuilt : ndarray, shape (n_frames, n_bins)
     """
     error = np.square(rebuilt - target).sum() / max(1e-12, np.square(target).sum())
-    titles = ("As played", f"Target: {_INTERVAL} semitones up", f"Rebuilt from mapping and context, error {100 * error:.0f} %{suffix}")
+    titles = ("As played", f"Target: {_INTERVAL} semitones up", f"Reconstruction, error {100 * error:.0f} %{suffix}")
     with _picture(path, plot, 3.6) as figure:
         row = figure.subplots(1, 3, sharey=True)
         for axes, values, title in zip(row, (frames, target, rebuilt), titles, strict=True):
             image = _show_pitch(axes, values, cqt, (0, len(values) * cqt.frame_seconds), _range(target), label=axes is row[0])
             axes.set(title=title, xlabel="time (s)")
-        figure.colorbar(image, ax=row, label="standardised magnitude", pad=0.01)
+        _scale(figure, image, row, "standardised magnitude")
 
 
 def draw_mapping(frames, mapping, cqt, path, plot, suffix=""):
@@ -151,57 +155,51 @@ def draw_mapping(frames, mapping, cqt, path, plot, suffix=""):
         above, below = figure.subplots(2, sharex=True)
         image = _show_pitch(above, frames, cqt, times, _range(frames))
         above.set(title="Input")
-        figure.colorbar(image, ax=above, label="standardised magnitude", pad=0.01)
+        _scale(figure, image, above, "standardised magnitude")
         image = _show_features(below, mapping, times)
         below.set(title=f"Mapping{suffix}", xlabel="time (s)")
-        figure.colorbar(image, ax=below, label="activation", pad=0.01)
+        _scale(figure, image, below, "activation")
 
 
 def draw_filters_x(network, cqt, path, plot, suffix=""):
     """Draw the filters of the context that weigh most in the mapping, time by pitch."""
     filters = network.weights["filters_x"][_order(network)[: plot.filters]]
     limit = np.quantile(np.abs(filters), 0.998)
-    rows = -(-len(filters) // _COLUMNS)
     span = network.sizes.context * cqt.frame_seconds * 1000
-    with _picture(path, plot, 0.8 + 1.9 * rows) as figure:
-        grid = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
+    with _picture(path, plot, _grid_height(filters)) as figure:
+        grid = _grid(figure, len(filters), f"Filters of the context{suffix}", f"time, the {span:.0f} ms before the frame")
         for axes, weights in zip(grid.flat, filters, strict=False):
             image = _show_pitch(axes, weights, cqt, (-span, 0), (-limit, limit), _SIGNED, label=axes in grid[:, 0])
-        for axes in grid.flat[len(filters) :]:
-            axes.set_visible(False)
-        figure.suptitle(f"Filters of the context, by their weight in the mapping{suffix}", x=0.01, ha="left", weight="bold", size=10)
-        figure.supxlabel("time before the frame (ms)", size=9, color="#444444")
-        figure.colorbar(image, ax=grid, label="weight", pad=0.01)
+        _scale(figure, image, grid, "weight")
 
 
 def draw_filters_y(network, cqt, path, plot, suffix=""):
-    """Draw the filters of the frame, in the same order as those of the context."""
+    """Draw the filters of the frame that belong to those of the context, in the same order."""
     filters = network.weights["filters_y"][_order(network)[: plot.filters]]
-    limit = np.quantile(np.abs(filters), 0.998)
-    with _picture(path, plot, 3.8) as figure:
-        axes = figure.subplots()
-        image = _show_pitch(axes, filters, cqt, (0.5, len(filters) + 0.5), (-limit, limit), _SIGNED)
-        axes.set(title=f"Filters of the frame, by their weight in the mapping{suffix}", xlabel="filter")
-        figure.colorbar(image, label="weight", pad=0.01)
+    limit = float(np.abs(filters).max()) or 1
+    pitch = np.arange(filters.shape[1])
+    with _picture(path, plot, _grid_height(filters)) as figure:
+        grid = _grid(figure, len(filters), f"Filters of the frame{suffix}", f"weight, from −{limit:.2g} to {limit:.2g}")
+        for axes, weights in zip(grid.flat, filters, strict=False):
+            _pitch_axis(axes, cqt, label=axes in grid[:, 0])
+            axes.fill_betweenx(pitch, weights, where=weights >= 0, interpolate=True, color=_ACCENT, linewidth=0)
+            axes.fill_betweenx(pitch, weights, where=weights <= 0, interpolate=True, color=_COLOURS["cqt_shifted_back"], linewidth=0)
+            axes.set(xlim=(-limit, limit), ylim=(-0.5, len(pitch) - 0.5))
 
 
 def draw_histograms(network, frames, mapping, rebuilt, path, plot, suffix=""):
     """Draw how data, reconstruction, mapping and weights are distributed."""
     weights = network.weights
-    top = {"data": frames, "reconstruction": rebuilt, "mapping": mapping}
-    bottom = {
-        "filters of x": "filters_x",
-        "filters of y": "filters_y",
-        "weights of layer 1": "map_1.weight",
-        "weights of layer 2": "map_2.weight",
-    }
-    with _picture(path, plot, 4.6) as figure:
-        axes = figure.subplot_mosaic([[name for name in top for _ in range(4)], [name for name in bottom for _ in range(3)]])
-        for name, values in top.items():
-            _histogram(axes[name], values, name + suffix, "value", (-1, 1) if name == "mapping" else _widest(frames, rebuilt))
-        for name, parameter in bottom.items():
-            limit = float(np.abs(weights[parameter]).max()) or 1
-            _histogram(axes[name], weights[parameter], name, "weight", (-limit, limit))
+    common = min(frames.min(), rebuilt.min()), max(frames.max(), rebuilt.max())
+    values = {"Data": (frames, common), f"Reconstruction{suffix}": (rebuilt, common), f"Mapping{suffix}": (mapping, (-1, 1))}
+    names = {"Filters of x": "filters_x", "Filters of y": "filters_y", "Layer 1": "map_1.weight", "Layer 2": "map_2.weight"}
+    limits = {name: float(np.abs(weights[key]).max()) or 1 for name, key in names.items()}
+    with _picture(path, plot, 5) as figure:
+        above, below = figure.subfigures(2)
+        for axes, (name, (data, limit)) in zip(above.subplots(1, 3), values.items(), strict=True):
+            _histogram(axes, data, name, "value", limit)
+        for axes, (name, key) in zip(below.subplots(1, 4), names.items(), strict=True):
+            _histogram(axes, weights[key], name, "weight", (-limits[name], limits[name]))
 
 
 def draw_losses(curves, path, plot):
@@ -227,29 +225,20 @@ def draw_losses(curves, path, plot):
 
 def draw_metrics(metrics, path, plot):
     """Draw what `gae.evaluate` found: bars of each kind of feature, with their standard errors."""
-    groups = {
-        "Nearest frame in another key is the right one": (
-            ("1 frame", "frames stacked"),
-            lambda kind: [
-                (metrics["invariance"][kind][name], metrics["invariance"][kind][name + "_se"]) for name in ("top1", "top1_stacked")
-            ],
+    within = {f"±{name.replace('ms', ' ms')}": name for name in TOLERANCES}
+    panels = (
+        ("Nearest in another key", {"1 frame": "top1", "stacked": "top1_stacked"}, metrics["invariance"]),
+        *(
+            (f"Beats found, score {title}", within, {kind: metrics["alignment"][kind][key] for kind in LABELS})
+            for title, key in (("transposed", "transposed"), ("as written", "untransposed"))
         ),
-        **{
-            title: (
-                [f"±{name.replace('ms', ' ms')}" for name in TOLERANCES],
-                lambda kind, key=key: [
-                    (metrics["alignment"][kind][key][name], metrics["alignment"][kind][key][name + "_se"]) for name in TOLERANCES
-                ],
-            )
-            for title, key in (("Beats found, score transposed", "transposed"), ("Beats found, score as written", "untransposed"))
-        },
-    }
+    )
     with _picture(path, plot, 3.8) as figure:
-        row = figure.subplots(1, 3, sharey=True, width_ratios=[len(ticks) for ticks, _ in groups.values()])
-        for axes, (title, (ticks, figures)) in zip(row, groups.items(), strict=True):
-            _bars(axes, {kind: figures(kind) for kind in LABELS}, ticks)
+        row = figure.subplots(1, 3, sharey=True, width_ratios=[len(ticks) for _, ticks, _ in panels])
+        for axes, (title, ticks, figures) in zip(row, panels, strict=True):
+            _bars(axes, figures, ticks)
             axes.set(title=title, ylim=(0, 105))
-        row[0].set_ylabel(f"share, mean of {metrics['pieces']} held-out pieces ± standard error")
+        row[0].set_ylabel(f"mean of {metrics['pieces']} held-out pieces ± standard error")
         row[0].yaxis.set_major_formatter(PercentFormatter())
         figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LABELS))
 
@@ -266,7 +255,7 @@ def draw_transposition(original, transposed, k, cqt, title, path, plot):
     times = (0, len(original) * cqt.frame_seconds)
     likeness = (unit(original) * unit(transposed)).sum(axis=1)
     panels = {
-        f"Features of {title}, as written": original,
+        f"Features of {_plain(title)}, as written": original,
         f"The same {abs(k)} semitone{'s' * (abs(k) > 1)} {'higher' if k > 0 else 'lower'}": transposed,
         "Difference": transposed - original,
     }
@@ -275,7 +264,7 @@ def draw_transposition(original, transposed, k, cqt, title, path, plot):
         for axes, (name, values) in zip(column, panels.items(), strict=False):
             image = _show_features(axes, values, times)
             axes.set(title=name)
-        figure.colorbar(image, ax=column[:3], label="activation", pad=0.01)
+        _scale(figure, image, column[:3], "activation")
         column[3].plot(np.linspace(*times, len(likeness)), likeness, color=_ACCENT, linewidth=1)
         column[3].set(
             title=f"Cosine similarity of both, {likeness.mean():.2f} in the mean", xlabel="time (s)", ylim=(min(0, likeness.min()), 1.02)
@@ -297,11 +286,11 @@ def draw_track(file, folder, plot):
     with _picture(Path(folder) / f"{Path(file).stem}.png", plot, 9.4, 8) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=[1, 3.6])
         image = _show_features(above, pooled, (0, seconds))
-        above.set(title=f"Features of {Path(file).stem}")
-        figure.colorbar(image, ax=above, label="activation", pad=0.01)
+        above.set(title=f"Features of {_plain(Path(file).stem)}")
+        _scale(figure, image, above, "activation")
         image = below.imshow(self_similarity(pooled), extent=(0, seconds, 0, seconds), cmap=_MAGNITUDE, vmin=0, vmax=1)
         below.set(title="Similarity to itself, transpositions ignored", xlabel="time (s)", ylabel="time (s)")
-        figure.colorbar(image, ax=below, label="cosine similarity", pad=0.01)
+        _scale(figure, image, below, "cosine similarity")
 
 
 def self_similarity(values):
@@ -335,21 +324,50 @@ def note_ticks(cqt):
 
 @contextmanager
 def _picture(path, plot, height, width=_WIDTH):
-    """Yield an empty figure of our style that becomes the file `path`."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    """Yield an empty figure of our style that becomes the file `path`. 256 colours take a third of the room of all."""
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in scripts that the font does not have
+        figure = Figure(figsize=(width, height), dpi=plot.dpi, layout="constrained")
         yield figure
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(palette=_palette(), dither=Image.Dither.NONE)
         with replacing(path) as partial:
-            figure.savefig(partial, format="png", dpi=plot.dpi)
+            image.save(partial, format="png", dpi=(plot.dpi, plot.dpi), optimize=True)
+
+
+@cache
+def _palette():
+    """The colours that our pictures hold: both scales, greys, and the tints of lines and bars."""
+    scales = [matplotlib.colormaps[name](np.linspace(0, 1, 96))[:, :3] for name in (_MAGNITUDE, _SIGNED)]
+    greys = np.linspace(0, 1, 24)[:, None].repeat(3, axis=1)
+    fade = np.linspace(0, 0.9, 10)[:, None]
+    tints = [
+        fade + (1 - fade) * matplotlib.colors.to_rgb(colour) for colour in (_ACCENT, _QUIET, _COLOURS["cqt_shifted_back"], _COLOURS["cqt"])
+    ]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(np.rint(255 * np.concatenate([*scales, greys, *tints])).astype(np.uint8).tobytes())
+    return palette
+
+
+def _scale(figure, image, axes, label):
+    figure.colorbar(image, ax=axes, label=label, pad=0.01, aspect=30)
+
+
+def _plain(name):
+    """A name of a file as text that is not taken for a formula."""
+    return name.replace("$", r"\$")
 
 
 def _show_pitch(axes, values, cqt, times, limits, colours=_MAGNITUDE, label=True):
     """Values (n_frames, n_bins) as an image of time by pitch."""
-    bins, names = note_ticks(cqt)
-    axes.set_yticks(bins, names)
+    _pitch_axis(axes, cqt, label)
+    return axes.imshow(values.T, extent=(*times, -0.5, cqt.n_bins - 0.5), cmap=colours, vmin=limits[0], vmax=limits[1])
+
+
+def _pitch_axis(axes, cqt, label=True):
+    axes.set_yticks(*note_ticks(cqt))
     axes.set_ylabel("pitch" if label else "")
-    extent = (*times, -0.5, values.shape[1] - 0.5)
-    return axes.imshow(values.T, extent=extent, cmap=colours, vmin=limits[0], vmax=limits[1])
 
 
 def _show_features(axes, values, times):
@@ -358,27 +376,39 @@ def _show_features(axes, values, times):
     return axes.imshow(values.T, extent=(*times, -0.5, values.shape[1] - 0.5), cmap=_SIGNED, vmin=-1, vmax=1)
 
 
+def _grid(figure, n, title, label):
+    """Small panels for `n` filters, all with the same axes; `label` tells what their width is."""
+    grid = figure.subplots(-(-n // _COLUMNS), _COLUMNS, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[n:]:
+        axes.set_visible(False)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.tick_params(axis="y", left=axes in grid[:, 0])
+    figure.suptitle(f"{title}, by their weight in the mapping", x=0.005, ha="left", weight="bold", size=10)
+    figure.supxlabel(label, size=9, color="#444444")
+    return grid
+
+
+def _grid_height(filters):
+    return 0.8 + 1.9 * -(-len(filters) // _COLUMNS)
+
+
 def _histogram(axes, values, title, label, limits):
-    axes.hist(np.ravel(values), bins=80, range=limits, color=_ACCENT, alpha=0.85, density=True, log=True)
-    axes.set(title=title, xlabel=label, ylabel="density", xlim=limits)
+    axes.hist(np.ravel(values), bins=80, range=limits, color=_ACCENT, density=True, log=True)
+    axes.set(title=title, xlabel=label, xlim=limits)
+    axes.set_ylabel("density" if axes.get_subplotspec().is_first_col() else "")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True)
 
 
 def _bars(axes, figures, ticks):
-    """Groups of bars: figures[kind] holds mean and error for each tick."""
-    width = 0.84 / len(figures)
-    for n, (kind, pairs) in enumerate(figures.items()):
-        positions = np.arange(len(ticks)) + (n - (len(figures) - 1) / 2) * width
-        means, errors = zip(*pairs, strict=True)
-        axes.bar(
-            positions,
-            means,
-            width * 0.92,
-            yerr=errors,
-            color=_COLOURS[kind],
-            label=LABELS[kind],
-            error_kw={"elinewidth": 1, "ecolor": "#222222"},
-        )
+    """Groups of bars: figures[kind] holds mean and standard error of each of the figures that `ticks` names."""
+    width = 0.84 / len(LABELS)
+    for n, (kind, label) in enumerate(LABELS.items()):
+        positions = np.arange(len(ticks)) + (n - (len(LABELS) - 1) / 2) * width
+        means, errors = ([figures[kind][name + end] for name in ticks.values()] for end in ("", "_se"))
+        axes.bar(positions, means, width * 0.92, color=_COLOURS[kind], label=label)
+        axes.errorbar(positions, means, errors, fmt="none", ecolor="#222222", elinewidth=1)
         if kind == "gae":
             for position, mean, error in zip(positions, means, errors, strict=True):
                 axes.text(position, mean + error + 1, f"{mean:.0f}", ha="center", color=_ACCENT, weight="bold", size=8)
@@ -458,7 +488,3 @@ def _smooth(steps, values):
 def _range(values):
     """Limits of colour that leave the outermost values out."""
     return tuple(np.quantile(values, (0.02, 0.997)))
-
-
-def _widest(*arrays):
-    return min(float(values.min()) for values in arrays), max(float(values.max()) for values in arrays)

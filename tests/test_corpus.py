@@ -1,0 +1,251 @@
+"""The built-in music: right pitches in all sounds, views of equal timing, true beats, and two sides that share nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from gae import corpus, params
+from gae.errors import ParamsError
+
+SMALL = params.Corpus(hours=0.02, views=2, view_transposition=6, heldout=2, seed=1)
+COMPUTE = params.Compute(workers=2)
+RATE = corpus.SAMPLE_RATE
+
+
+@pytest.fixture(scope="module")
+def few_pieces():
+    """Short pieces of several kinds, so that the tests need not play a symphony."""
+    kinds = {"chorale": 12, "tune": 4, "trio": 2, "mass": 3}
+    pieces = corpus.catalogue()
+    few = [piece for kind, count in kinds.items() for piece in [p for p in pieces if p.kind == kind][:count]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "catalogue", lambda: few)
+        yield few
+
+
+@pytest.fixture(scope="module")
+def rendered(few_pieces, tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpus")
+    return out, corpus.render_corpus(out, SMALL, COMPUTE)
+
+
+def listen(path):
+    samples, rate = soundfile.read(path)
+    assert rate == RATE
+    return samples
+
+
+def score_of(pitches, length=1.0):
+    """One part: the pitches one after another, each for `length` quarter notes."""
+    return np.array([(number * length, length, 0, pitch) for number, pitch in enumerate(pitches)], corpus.NOTE)
+
+
+def pitch_of(samples):
+    """The MIDI pitch of a steady tone: the first high peak of its autocorrelation."""
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples)), 2 * len(samples))) ** 2
+    likeness = np.fft.irfft(spectrum)[: RATE // 30]
+    valley = np.argmax(likeness < 0)
+    peaks = np.flatnonzero((likeness[1:-1] > likeness[:-2]) & (likeness[1:-1] >= likeness[2:])) + 1
+    peaks = peaks[(peaks > valley) & (likeness[peaks] > 0.85 * likeness[valley:].max())]
+    left, top, right = likeness[peaks[0] - 1 : peaks[0] + 2]
+    lag = peaks[0] + 0.5 * (left - right) / (left - 2 * top + right)
+    return 69 + 12 * np.log2(RATE / lag / 440)
+
+
+@pytest.mark.parametrize("family", corpus.FAMILIES)
+def test_every_sound_plays_the_notes_that_are_written(family):
+    for program in corpus.FAMILIES[family]:
+        lowest, highest = corpus.COMPASSES.get(program, corpus.COMPASS)
+        written = [pitch for pitch in (45, 52, 57, 62, 69, 71, 76, 84, 90) if lowest <= pitch <= highest]
+        notes = score_of(written)
+        played = corpus.perform(notes, 75, corpus.STEADY, np.random.default_rng(0))
+        samples = corpus.synthesise(notes, corpus.Take(played, (program,), 0), played.duration)
+        heard = [pitch_of(samples[int((onset + 0.2) * RATE) : int((onset + 0.6) * RATE)]) for onset in played.onsets]
+        away = np.array(heard) - written
+        if family == "organ":  # stops of 16 feet
+            away = np.where(away < -6, away + 12, away)
+        assert np.abs(away).max() < 0.5, (program, heard)
+
+
+def test_a_transposed_take_is_transposed():
+    notes = score_of([57, 64, 60, 69])
+    played = corpus.perform(notes, 75, corpus.STEADY, np.random.default_rng(0))
+    for k in (-6, -1, 4):
+        samples = corpus.synthesise(notes, corpus.Take(played, (0,), k), played.duration)
+        heard = [pitch_of(samples[int((onset + 0.2) * RATE) : int((onset + 0.6) * RATE)]) for onset in played.onsets]
+        assert np.round(heard).tolist() == (notes["pitch"] + k).tolist()
+
+
+def test_a_repeated_note_is_struck_again():
+    notes = score_of([60] * 6, length=0.5)
+    played = corpus.perform(notes, 90, corpus.STEADY, np.random.default_rng(0))
+    samples = corpus.synthesise(notes, corpus.Take(played, (0,), 0), played.duration)
+    assert np.abs(attacks(samples)[:, None] - played.onsets).min(axis=0).max() < 0.02
+
+
+def attacks(samples, hop=64):
+    """Times in s at which the level of the samples jumps up."""
+    level = np.sqrt(np.add.reduceat(samples**2, np.arange(0, len(samples), hop)) / hop)
+    smooth = np.convolve(level, np.ones(6) / 6, "same")
+    rise = smooth[6:] - smooth[:-6]
+    peaks = np.flatnonzero((rise[1:-1] > rise[:-2]) & (rise[1:-1] >= rise[2:]) & (rise[1:-1] > 0.15 * rise.max())) + 1
+    return (peaks + 3) * hop / RATE
+
+
+def test_a_human_performance_is_heard_when_it_says():
+    notes = score_of([60, 67, 72, 64, 55, 69, 76, 60] * 3)
+    played = corpus.perform(notes, 100, corpus.HUMAN, np.random.default_rng(1))
+    samples = corpus.synthesise(notes, corpus.Take(played, (0,), 0), played.duration)
+    heard = attacks(samples)
+    assert np.abs(heard[:, None] - played.onsets).min(axis=0).max() < 0.02
+    assert np.abs(played.times(notes["onset"]) - played.onsets).max() <= 0.031
+    tempi = 60 / np.diff(played.times(np.arange(24)))
+    assert tempi.std() > 3 and len(set(played.velocities.tolist())) > 5
+
+
+def test_a_score_is_read_as_written(few_pieces):
+    piece = next(piece for piece in few_pieces if piece.id == "bach-bwv10.7")
+    score = corpus.read_score(piece)
+    assert (score.composer, score.title) == ("Johann Sebastian Bach", "bwv10.7")
+    assert score.notes["part"].max() == 3
+    top = score.notes[score.notes["part"] == 0]
+    assert (np.diff(top["onset"]) > 0).all()
+    assert np.isin(score.beats, score.notes["onset"]).all() and np.isin(np.diff(score.beats), [1, 2, 3, 4]).all()
+
+
+def test_what_is_rendered(rendered):
+    out, index = rendered
+    train = [piece for piece in index["pieces"] if piece["split"] == "train"]
+    heldout = [piece for piece in index["pieces"] if piece["split"] == "heldout"]
+    assert len(heldout) == 2 and sum(piece["duration_s"] for piece in train) >= 0.02 * 3600
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*.flac")}
+    assert files == {f"train/{piece['id']}/{view}.flac" for piece in train for view in (1, 2)} | {
+        f"heldout/{piece['id']}/{name}.flac" for piece in heldout for name in ("original", "transposed", "performance")
+    }
+    assert not list(out.rglob(".*"))
+    assert json.loads((out / "corpus.json").read_text()) == index
+    for piece in index["pieces"]:
+        assert piece.keys() >= {"id", "kind", "work", "title", "composer", "source", "duration_s", "sounds"}
+
+
+def test_no_work_is_on_both_sides(rendered):
+    _, index = rendered
+    sides = [{piece["work"] for piece in index["pieces"] if piece["split"] == split} for split in ("train", "heldout")]
+    assert not sides[0] & sides[1]
+
+
+def test_views_are_one_performance_in_other_sounds(rendered):
+    out, index = rendered
+    for piece in index["pieces"]:
+        if piece["split"] == "train":
+            first, second = (listen(out / "train" / piece["id"] / f"{view}.flac") for view in (1, 2))
+            assert len(first) == len(second) == round(piece["duration_s"] * RATE)
+            assert piece["sounds"]["1"]["k"] == 0 and abs(piece["sounds"]["2"]["k"]) <= 6
+            assert piece["sounds"]["1"]["programs"] != piece["sounds"]["2"]["programs"]
+            shift = piece["sounds"]["2"]["k"]
+            assert likeness(chroma(first), chroma(second), shift) > 0.7
+            for samples in (first, second):
+                assert np.abs(samples).max() == pytest.approx(0.8, abs=1e-3)
+
+
+def chroma(samples):
+    """Energy of the twelve pitch classes, frame by frame: (n, 12)."""
+    window = np.lib.stride_tricks.sliding_window_view(samples, 8192)[::2048] * np.hanning(8192)
+    frequencies = np.fft.rfftfreq(8192, 1 / RATE)
+    audible = (frequencies > 120) & (frequencies < 2000)
+    classes = np.round(69 + 12 * np.log2(frequencies[audible] / 440)).astype(int) % 12
+    energy = np.abs(np.fft.rfft(window)[:, audible])
+    return np.stack([energy[:, classes == name].sum(axis=1) for name in range(12)], axis=1)
+
+
+def likeness(first, second, shift):
+    return np.corrcoef(np.roll(first, shift, axis=1).ravel(), second.ravel())[0, 1]
+
+
+def test_heldout_pieces_are_transposed_as_they_say(rendered):
+    out, index = rendered
+    for piece in index["pieces"]:
+        if piece["split"] == "heldout":
+            original, transposed = (listen(out / "heldout" / piece["id"] / f"{name}.flac") for name in ("original", "transposed"))
+            assert len(original) == len(transposed) and 1 <= abs(piece["k"]) <= 6
+            fits = {k: likeness(chroma(original), chroma(transposed), k) for k in range(-6, 6)}
+            assert (max(fits, key=fits.get) - piece["k"]) % 12 == 0
+
+
+def test_beats_are_heard_where_they_are_said_to_be(rendered):
+    out, index = rendered
+    for piece in index["pieces"]:
+        if piece["split"] == "heldout":
+            assert len(piece["beats"]["score"]) == len(piece["beats"]["performance"]) > 10
+            for name, side in (("original", "score"), ("transposed", "score"), ("performance", "performance")):
+                beats = np.array(piece["beats"][side])
+                novelty = flux(listen(out / "heldout" / piece["id"] / f"{name}.flac"))
+                assert (np.diff(beats) > 0).all() and beats[-1] < len(novelty) * 0.01
+                at_beats, between = (
+                    novelty[(times / 0.01).astype(int)].mean() for times in (beats + 0.02, beats[:-1] + 0.4 * np.diff(beats))
+                )
+                assert at_beats > 1.5 * between, (piece["id"], name)
+
+
+def flux(samples):
+    """How much of the spectrum is new, every 10 ms, at its largest within 50 ms."""
+    hop = RATE // 100
+    window = np.lib.stride_tricks.sliding_window_view(np.pad(samples, 512), 1024)[::hop] * np.hanning(1024)
+    level = np.log1p(20 * np.abs(np.fft.rfft(window)))
+    new = np.maximum(0, level[3:] - level[:-3]).sum(axis=1)
+    return np.lib.stride_tricks.sliding_window_view(np.pad(new, (4, 4)), 5).max(axis=1)
+
+
+def test_a_second_run_is_the_same_to_the_byte(rendered, few_pieces, tmp_path):
+    out, index = rendered
+    report = next(piece for piece in index["pieces"] if piece["split"] == "train")
+    piece = next(piece for piece in few_pieces if piece.id == report["id"])
+    corpus.render_piece(piece, "train", None, tmp_path / "again", SMALL)
+    for path in (tmp_path / "again").iterdir():
+        assert path.read_bytes() == (out / "train" / piece.id / path.name).read_bytes()
+
+
+def test_what_is_there_is_kept_and_what_is_stale_goes(rendered, few_pieces, tmp_path):
+    folder = tmp_path / "train" / "piece"
+    tune = next(piece for piece in few_pieces if piece.kind == "chorale")
+    corpus.render_piece(tune, "train", None, folder, SMALL)
+    before = (folder / "1.flac").stat().st_mtime_ns
+    corpus.render_piece(tune, "train", None, folder, SMALL)
+    assert (folder / "1.flac").stat().st_mtime_ns == before
+    corpus.render_piece(tune, "train", None, folder, SMALL.model_copy(update={"seed": 2}))
+    assert (folder / "1.flac").stat().st_mtime_ns > before
+    (tmp_path / "train" / ".piece.partial").mkdir()
+    corpus._keep_only(tmp_path, [{"split": "train", "id": "piece"}])
+    assert [path.name for path in (tmp_path / "train").iterdir()] == ["piece"]
+    corpus._keep_only(tmp_path, [])
+    assert not list((tmp_path / "train").iterdir())
+
+
+def test_more_music_than_there_is(few_pieces, tmp_path):
+    one = [piece for piece in few_pieces if piece.kind == "chorale"][:3]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ParamsError, match="lower corpus.hours"):
+        patch.setattr(corpus, "catalogue", lambda: one)
+        corpus.render_corpus(tmp_path, SMALL, COMPUTE)
+
+
+def test_harmonisations_of_one_melody_are_alike():
+    pieces = {piece.id: piece for piece in corpus.catalogue()}
+    passion, again, other = (corpus._melodies(corpus.read_score(pieces[f"bach-bwv{n}"]).notes) for n in ("244.54", "244.15", "253"))
+    assert corpus._resemblance({"melodies": again}, [{"id": "passion", "melodies": passion}]) == "has a melody of passion"
+    assert corpus._resemblance({"melodies": other}, [{"id": "passion", "melodies": passion}]) is None
+
+
+def test_pieces_have_names_of_their_own():
+    pieces = corpus.catalogue()
+    assert len({piece.id for piece in pieces}) == len(pieces) > 2000
+    assert {piece.kind for piece in pieces} == {kind.name for kind in corpus.KINDS}
+
+
+def test_the_default_hour_is_diverse():
+    pieces = corpus.catalogue()
+    for candidates in (corpus._heldout_candidates(pieces, 1)[:12], corpus._training_candidates(pieces, 1)[:40]):
+        assert len({piece.kind for piece, _ in candidates}) >= 8
+    families = [corpus.draw_families(3, np.random.default_rng(seed)) for seed in range(40)]
+    assert all(len(set(drawn)) == 3 for drawn in families) and len({name for drawn in families for name in drawn}) >= 8

@@ -1,0 +1,248 @@
+import json
+import os
+
+import h5py
+import numpy as np
+import pytest
+import tiny
+from threadpoolctl import threadpool_limits
+
+from gae.errors import FormatError
+from gae.features import Features, Origin, extract_blocks, extract_frames, read, validate, write
+
+ORIGIN = Origin(tiny.CQT, "music/Für Elise.flac", "b" * 64, "a" * 64)
+
+
+def by_the_formula(frames, model):
+    """Frame by frame, filter by filter, in float64."""
+    w = {name: array.astype(np.float64) for name, array in model.weights.items()}
+    values = []
+    for t in range(len(frames)):
+        factors = np.zeros(model.sizes.n_factors)
+        for f in range(model.sizes.n_factors):
+            x = sum(w["filters_x"][f, k] @ frames[max(0, t - model.sizes.context + k)] for k in range(model.sizes.context))
+            factors[f] = model.sizes.input_scale * x * model.sizes.input_scale * (w["filters_y"][f] @ frames[t])
+        hidden = np.tanh(w["map_1.weight"] @ factors + w["map_1.bias"])
+        values.append(np.tanh(w["map_2.weight"] @ hidden + w["map_2.bias"]))
+    return np.array(values)
+
+
+def stored(path, values, origin=ORIGIN, dtype="float32"):
+    write(path, [values[:3], values[3:]], values.shape, origin, dtype)
+    return path
+
+
+@pytest.fixture
+def values():
+    return extract_frames(tiny.frames(40), tiny.model())
+
+
+def test_features_follow_the_formula():
+    frames = tiny.frames(30)
+    assert np.abs(extract_frames(frames, tiny.model()) - by_the_formula(frames, tiny.model())).max() < 1e-5
+
+
+def test_features_equal_the_networks_mapping():
+    import torch
+
+    model, frames = tiny.model(), tiny.frames(700)
+    y = torch.from_numpy(frames)[None]
+    x = torch.cat([y[:, :1].expand(-1, model.sizes.context, -1), y], 1)[:, :-1]
+    with torch.inference_mode():
+        mapping = model.network.mapping(x, y)[0].numpy()
+    assert np.abs(extract_frames(frames, model) - mapping).max() < 1e-5
+    assert np.array_equal(extract_frames(frames, model), extract_frames(frames, model.network))
+
+
+@pytest.mark.parametrize("size", [1, 7, 511, 512, 513, 5000])
+def test_features_do_not_depend_on_blocks_or_threads(size):
+    frames = tiny.frames(1500)
+    whole = extract_frames(frames, tiny.model())
+    with threadpool_limits(limits=2):
+        blocks = [frames[:0], *(frames[start : start + size] for start in range(0, len(frames), size)), frames[:0]]
+        pieces = list(extract_blocks(iter(blocks), tiny.model()))
+    assert whole.dtype == np.float32 and whole.shape == (1500, 7)
+    assert np.array_equal(np.concatenate(pieces), whole)
+
+
+def test_features_never_look_ahead():
+    frames = tiny.frames(600)
+    changed = frames.copy()
+    changed[520:] = tiny.frames(80, seed=1)
+    before, after = extract_frames(frames, tiny.model()), extract_frames(changed, tiny.model())
+    assert np.abs(before[:520] - after[:520]).max() < 1e-6
+    assert (np.abs(before[520:] - after[520:]).max(axis=1) > 1e-3).all()
+
+
+def test_no_frames_give_no_features():
+    assert extract_frames(tiny.frames(0), tiny.model()).shape == (0, 7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_file_holds_what_its_contract_says(tmp_path, values, dtype):
+    path = stored(tmp_path / "song.h5", values, dtype=dtype)
+    with h5py.File(path) as file:
+        assert set(file) == {"values", "times"}
+        assert file["values"].shape == (40, 7) and file["values"].dtype == dtype
+        assert np.allclose(file["times"], np.arange(40) * 256 / 8000)
+        assert json.loads(file.attrs["cqt"]) == tiny.CQT.model_dump()
+        assert {name: file.attrs[name] for name in ("schema", "source", "source_sha256", "model_sha256")} == {
+            "schema": 1,
+            "source": "music/Für Elise.flac",
+            "source_sha256": "b" * 64,
+            "model_sha256": "a" * 64,
+        }
+    features = read(path)
+    assert np.array_equal(features.values, values.astype(dtype)) and features.values.dtype == dtype
+    assert features.origin == ORIGIN and len(features) == len(features.times) == 40
+    header = validate(path)
+    assert (header.n_frames, header.n_maps, header.dtype, header.origin) == (40, 7, dtype, ORIGIN)
+
+
+def test_part_of_a_file(tmp_path, values):
+    part = read(stored(tmp_path / "song.h5", values), 10, 20)
+    assert np.array_equal(part.values, values[10:20]) and np.allclose(part.times, np.arange(10, 20) * 0.032)
+
+
+def test_equal_features_are_equal_files(tmp_path, values):
+    for suffix in (".h5", ".npz", ".csv"):
+        first, second = stored(tmp_path / f"a{suffix}", values), tmp_path / f"b{suffix}"
+        write(second, [row[None] for row in values], values.shape, ORIGIN)
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_npz_holds_the_same_as_arrays(tmp_path, values):
+    with np.load(stored(tmp_path / "song.npz", values, dtype="float16"), allow_pickle=False) as file:
+        assert np.array_equal(file["values"], values.astype(np.float16)) and file["values"].dtype == np.float16
+        assert np.allclose(file["times"], np.arange(40) * 0.032)
+        assert str(file["source"]) == ORIGIN.source and str(file["model_sha256"]) == ORIGIN.model_sha256
+        assert json.loads(str(file["cqt"])) == tiny.CQT.model_dump()
+
+
+def test_csv_opens_as_a_layer(tmp_path, values):
+    path = stored(tmp_path / "song.csv", values)
+    table = np.loadtxt(path, delimiter=",")
+    assert np.abs(table - np.column_stack([np.arange(40) * 0.032, values])).max() < 1e-6
+    # what Sonic Visualiser looks at in lines that don't begin with #: separator, and which columns are numbers that grow
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#")]
+    rows = [line.split(",") for line in lines]
+    assert len(rows) == 40 and {len(row) for row in rows} == {8} and not any(sign in line for line in lines for sign in "\t|/: ")
+    growing = [all(float(a) < float(b) for a, b in zip(column, column[1:], strict=False)) for column in zip(*rows, strict=True)]
+    assert growing == [True] + [False] * 7  # a start time in s, values
+    assert all("." in row[0] for row in rows)  # or times would be taken for samples
+
+
+def test_features_save_themselves(tmp_path, values):
+    features = Features(values, np.arange(40) * 0.032, ORIGIN)
+    features.save(tmp_path / "song.h5")
+    again = read(tmp_path / "song.h5")
+    assert np.array_equal(again.values, values) and again.origin == ORIGIN
+
+
+def test_source_may_be_called_anything(tmp_path, values):
+    name = os.fsdecode(b'a\xffb"\n\r#,c')
+    for suffix in (".h5", ".npz", ".csv"):
+        stored(tmp_path / f"song{suffix}", values, Origin(tiny.CQT, name))
+    assert read(tmp_path / "song.h5").origin.source == 'a\\udcffb"\n\r#,c'
+    assert np.loadtxt(tmp_path / "song.csv", delimiter=",").shape == (40, 8)
+
+
+def test_file_appears_whole_or_not_at_all(tmp_path, values):
+    def broken():
+        yield values[:10]
+        raise RuntimeError("pulled the plug")
+
+    for suffix in (".h5", ".npz", ".csv"):
+        path = stored(tmp_path / f"song{suffix}", values)
+        before = path.read_bytes()
+        with pytest.raises(RuntimeError, match="plug"):
+            write(path, broken(), values.shape, ORIGIN)
+        with pytest.raises(ValueError, match="announced"):
+            write(path, [values[:10]], values.shape, ORIGIN)
+        with pytest.raises(FormatError, match="NaN"):
+            write(path, [values * np.nan], values.shape, ORIGIN)
+        assert path.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["song.csv", "song.h5", "song.npz"]
+
+
+def test_unknown_suffix(tmp_path, values):
+    with pytest.raises(FormatError, match=r"song\.mat: features are written as \.h5, \.npz, \.csv"):
+        stored(tmp_path / "song.mat", values)
+
+
+def refused(path):
+    with pytest.raises(FormatError) as caught:
+        read(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_no_feature_file_is_refused(tmp_path, values):
+    assert "no such file" in refused(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("values")
+    assert "not a readable" in refused(tmp_path / "text.h5")
+    (tmp_path / "folder.h5").mkdir()
+    refused(tmp_path / "folder.h5")
+    assert "numpy.load" in refused(stored(tmp_path / "song.npz", values))
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["values"] = values
+    assert "schema None" in refused(tmp_path / "foreign.h5")
+
+
+def test_truncated_file_is_refused(tmp_path, values):
+    data = stored(tmp_path / "song.h5", values).read_bytes()
+    for length in [0, 7, 100, len(data) // 2, len(data) - 1]:
+        (tmp_path / "short.h5").write_bytes(data[:length])
+        refused(tmp_path / "short.h5")
+
+
+def damage(file, name, **arguments):
+    del file[name]
+    file.create_dataset(name, **arguments)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda file: file.attrs.__setitem__("schema", 2),
+        lambda file: file.attrs.__delitem__("cqt"),
+        lambda file: file.attrs.__setitem__("cqt", "{"),
+        lambda file: file.attrs.__setitem__("cqt", json.dumps({"hop": 1})),
+        lambda file: file.attrs.__setitem__("source", 3),
+        lambda file: file.attrs.__setitem__("schema", np.ones(4)),
+        lambda file: file.__delitem__("times"),
+        lambda file: damage(file, "times", data=np.arange(39.0)),
+        lambda file: damage(file, "times", data=np.arange(40, dtype=np.float32)),
+        lambda file: damage(file, "times", data=np.zeros(40)),
+        lambda file: damage(file, "values", data=np.full((40, 7), np.nan, np.float32)),
+        lambda file: damage(file, "values", data=np.zeros((40, 7), np.int32)),
+        lambda file: damage(file, "values", data=np.zeros(40, np.float32)),
+        # a few bytes that claim 256 GB, in three ways
+        lambda file: damage(file, "values", shape=(10**9, 64), dtype="f4"),
+        lambda file: damage(file, "values", shape=(10**9, 64), dtype="f4", chunks=(1000, 64)),
+        lambda file: damage(file, "values", shape=(10**9, 64), dtype="f4", chunks=(1000, 64), compression="gzip"),
+        lambda file: damage(file, "values", shape=(40, 7), dtype="f4", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)]),
+        lambda file: (file.__delitem__("values"), file.__setitem__("values", h5py.ExternalLink("other.h5", "values"))),
+        lambda file: (file.__delitem__("values"), file.__setitem__("values", h5py.SoftLink("/times"))),
+        lambda file: (file.__delitem__("values"), file.create_group("values")),
+    ],
+)
+def test_damaged_file_is_refused(tmp_path, values, harm):
+    stored(tmp_path / "other.h5", values)
+    path = stored(tmp_path / "song.h5", values)
+    with h5py.File(path, "r+") as file:
+        harm(file)
+    refused(path)
+
+
+def test_flipped_bytes_raise_nothing_else(tmp_path, values):
+    data = stored(tmp_path / "song.h5", values).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        flipped = bytearray(data)
+        flipped[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        (tmp_path / "flipped.h5").write_bytes(flipped)
+        try:
+            assert read(tmp_path / "flipped.h5").values.size <= 2 * len(data)
+        except FormatError as error:
+            assert "\n" not in str(error)
