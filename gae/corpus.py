@@ -36,7 +36,7 @@ _PLAYERS = ("music21", "midirenderer", "pretty_midi", "soundfile", "soxr")  # pa
 _SECONDS = (20.0, 210.0)  # shorter pieces are left out, longer ones end early
 _LEAD_IN, _TAIL = 0.25, 1.0  # s before the first note and after the last
 _PEAK = 0.8  # of full scale
-_RANGE = (27, 96)  # MIDI pitches a score may hold
+_RANGE, _PIANO = (27, 102), (18, 108)  # MIDI pitches that a score may hold, and that every piano plays in tune
 _CHANNELS = 15  # parts that sound at once: the 16 of MIDI without the drums
 # Of two unrelated chorales at most 0.3 of the phrases agree, of two harmonisations of one melody as a rule 0.35 to 1.
 _PHRASE, _ALIKE, _FEW = 8, 0.3, 20  # intervals in a phrase; that share; fewer phrases than these count as these
@@ -125,7 +125,7 @@ FAMILIES = {
     "strings": (40, 41, 42, 43, 110),
     "ensemble": (44, 48, 49, 50, 51, 52, 53, 54),
     "brass": (56, 57, 58, 59, 60, 61, 62, 63),
-    "reed": (64, 66, 68, 69, 70, 71, 109, 111),
+    "reed": (64, 66, 69, 70, 71, 109, 111),
     "pipe": (72, 73, 74, 75, 79),
     "synth": (80, 81, 82, 83, 85, 90, 91, 94),
 }
@@ -135,7 +135,7 @@ FAMILY_SHARES = {"piano": 4.0}  # 1 for the others
 COMPASS = (30, 102)
 COMPASSES = {
     11: (33, 102), 54: (30, 92), 57: (30, 95), 58: (30, 97), 59: (30, 96), 60: (30, 96), 61: (30, 93), 62: (30, 93), 63: (30, 93),
-    68: (40, 96), 72: (60, 102), 73: (48, 102), 74: (55, 102), 75: (48, 102), 81: (30, 90), 83: (30, 92),
+    72: (60, 102), 73: (48, 102), 74: (55, 102), 75: (48, 102), 81: (30, 90), 83: (30, 92),
 }  # fmt: skip
 
 
@@ -580,8 +580,9 @@ def _render(piece, split, lead, params):
 
 def _views(score, steady, params, rng):
     """The takes of a training piece: one performance in other sounds, the first in the written key."""
-    n = params.view_transposition
-    shifts = [0, *rng.integers(-n, n + 1, params.views - 1).tolist()]
+    n, pitches = params.view_transposition, score.notes["pitch"]
+    lowest, highest = max(-n, _PIANO[0] - pitches.min()), min(n, _PIANO[1] - pitches.max())
+    shifts = [0, *rng.integers(lowest, highest + 1, params.views - 1).tolist()]
     families = draw_families(params.views, rng)
     return {
         str(number): Take(steady, draw_programs(family, score.notes, [k], rng), k)

@@ -123,7 +123,7 @@ def judge(item, corpus, model, settings, shift):
     """
     number, piece = item
     model = load_model(model)
-    k = piece["takes"]["transposed"]["k"]
+    k = piece["k"]
     original, transposed, performance = (
         _represent(heldout_file(corpus, piece, take), model, semitones)
         for take, semitones in (("original", 0), ("transposed", k), ("performance", 0))
@@ -177,16 +177,16 @@ def reconstruction_error(frames, network, shift, rng):
 
 def table(figures):
     """The figures that `evaluate` writes as plain text: a line for each kind of feature, then the rest."""
-    names = [name.replace("ms", " ms") for name in TOLERANCES]
+    spans = [name.replace("ms", " ms") for name in TOLERANCES]
     lines = [
         _line(f"{figures['pieces']} held-out pieces", ["nearest of all", "", "beats, transposed", "", "", "beats, as written"]),
-        _line("percent ± standard error", ["1 frame", "stacked", *names, *names]),
+        _line("percent ± standard error", ["1 frame", "stacked", *spans, *spans]),
     ]
     for kind, label in LABELS.items():
         aligned = figures["alignment"][kind]
-        groups = (figures["invariance"][kind], aligned["transposed"], aligned["untransposed"])
-        cells = [f"{group[name]:5.1f} ± {group[name + '_se']:.1f}" for group in groups for name in group if not name.endswith("_se")]
-        lines.append(_line(label, cells))
+        columns = [(figures["invariance"][kind], name) for name in ("top1", "top1_stacked")]
+        columns += [(aligned[key], name) for key in ("transposed", "untransposed") for name in TOLERANCES]
+        lines.append(_line(label, [f"{group[name]:5.1f} ± {group[name + '_se']:.1f}" for group, name in columns]))
     rebuilt, speed = figures["reconstruction"], figures["speed"]
     lines.append(f"\nreconstruction: error {rebuilt['relative_error']:.1f} ± {rebuilt['relative_error_se']:.1f} % of the signal's power")
     lines.append(f"conversion: {speed['conversion_times_real_time']:.0f} times real time in one process")

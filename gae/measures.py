@@ -162,7 +162,7 @@ def _table(score, performance):
     """The best step into each cell of the band, the first column of the band in each row, and the cost of the best path."""
     rows, columns = len(score), len(performance)
     width = min(columns, max(_CELLS // rows, 2 + 2 * columns // rows))
-    starts = np.rint(np.linspace(0, columns - width, rows)).astype(np.int64)
+    starts = np.clip(np.rint(np.linspace(0, columns, rows) - width / 2), 0, columns - width).astype(np.int64)
     steps = np.empty((rows, width), np.uint8)
     total = np.full(width, np.inf)
     total[0], before = 0.0, -1  # the path comes from the corner before the first cell

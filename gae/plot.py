@@ -52,6 +52,7 @@ _COLOURS = {"gae": _ACCENT, "cqt_shifted_back": "#31688e", "cqt": "#9fbfd6", "ch
 _MAGNITUDE, _SIGNED = "magma", "RdBu_r"
 _INTERVAL = 5  # semitones by which the pictures of a reconstruction are transposed
 _MATRIX = 900  # rows of a self-similarity matrix, at most
+_BLOCK = 1 << 15  # frames of features read at a time
 _DIAGONAL = 8  # successive pooled frames compared at a time in it
 _COLUMNS = 16  # of the grid of filters
 
@@ -433,7 +434,7 @@ def _pooled(file):
     """The features of a file of any length, pooled to a bounded number of frames, and their duration in s."""
     header = features.validate(file)
     n = -(-header.n_frames // _MATRIX)
-    step = n * max(1, (1 << 15) // n)
+    step = n * max(1, _BLOCK // n)
     blocks = (features.read(file, start, start + step).values for start in range(0, header.n_frames, step))
     return np.concatenate([pool(block.astype(np.float32), n) for block in blocks]), header.n_frames * header.origin.cqt.frame_seconds
 
@@ -448,7 +449,7 @@ def _draw_heldout(corpus, model, path, plot):
     )
     start = max(0, (min(len(original), len(transposed)) - n_frames) // 2)
     passage = slice(start, start + n_frames)
-    draw_transposition(original[passage], transposed[passage], piece["takes"]["transposed"]["k"], cqt, piece["id"], path, plot)
+    draw_transposition(original[passage], transposed[passage], piece["k"], cqt, piece["id"], path, plot)
 
 
 @torch.no_grad()

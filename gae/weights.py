@@ -142,14 +142,15 @@ def from_arrays(wx, wy, m1, b1, m2, b2):
 
 
 def _read_bytes(path):
+    path = Path(path)
     try:
-        with open(path, "rb") as file:
-            data = file.read(_BYTES + 1)
+        if path.is_file() and path.stat().st_size > _BYTES:
+            raise FormatError(f"{path}: larger than any weights of the original implementation; check that it is model.save")
+        if path.exists() and not path.is_file():
+            raise FormatError(f"{path}: no file; name the model.save of the original implementation")
+        return path.read_bytes()
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    if len(data) > _BYTES:
-        raise FormatError(f"{path}: larger than any weights of the original implementation; check that it is model.save")
-    return data
 
 
 def _read_zip(data):

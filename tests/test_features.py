@@ -1,5 +1,6 @@
 import json
 import os
+from itertools import pairwise
 
 import h5py
 import numpy as np
@@ -127,7 +128,7 @@ def test_csv_opens_as_a_layer(tmp_path, values):
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#")]
     rows = [line.split(",") for line in lines]
     assert len(rows) == 40 and {len(row) for row in rows} == {8} and not any(sign in line for line in lines for sign in "\t|/: ")
-    growing = [all(float(a) < float(b) for a, b in zip(column, column[1:], strict=False)) for column in zip(*rows, strict=True)]
+    growing = [all(float(a) < float(b) for a, b in pairwise(column)) for column in zip(*rows, strict=True)]
     assert growing == [True] + [False] * 7  # a start time in s, values
     assert all("." in row[0] for row in rows)  # or times would be taken for samples
 

@@ -1,0 +1,91 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+
+import gae
+from gae.cli import main
+from gae.model import save_model
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_model(path, tiny.model().network, tiny.CQT)
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("song.wav", "other.flac"):
+        soundfile.write(name, tiny.tone(2, 8000), 8000)
+    (tmp_path / "bad.wav").write_text("not audio")
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    captured = capsys.readouterr()
+    error = exit.value.code if isinstance(exit.value.code, str) else captured.err
+    return exit.value.code, captured.out, error
+
+
+@pytest.mark.parametrize("name", ["song.h5", "song.npz", "song.csv", "deep/er/song.H5"])
+def test_one_file(folder, weights, capsys, name):
+    code, _, error = run(capsys, "convert", "song.wav", "--out", name, "--weights", weights)
+    assert code == 0 and error == "" and (folder / name).stat().st_size > 1000
+
+
+def test_features_are_those_of_the_file(folder, weights, capsys):
+    run(capsys, "convert", "song.wav", "--out", "song.h5", "--weights", weights)
+    expected = gae.extract(*soundfile.read("song.wav", dtype="float32"), weights)
+    features = gae.read_features("song.h5")
+    assert np.array_equal(features.values, expected.values) and features.origin.source == "song.wav"
+
+
+def test_several_files_go_to_a_folder_and_bad_ones_are_named(folder, weights, capsys):
+    code, _, error = run(capsys, "convert", "song.wav", "bad.wav", "none.wav", "other.flac", "--out", "out", "--weights", weights)
+    assert code == 1 and len(error.splitlines()) == 2
+    assert "gae: error: bad.wav: not audio" in error and "gae: error: none.wav: cannot be opened" in error
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["other.h5", "song.h5"]
+
+
+def test_one_file_to_a_folder_in_another_format(folder, weights, capsys):
+    assert run(capsys, "convert", "song.wav", "--out", "out/", "--format", ".csv", "--weights", weights)[0] == 0
+    assert [path.name for path in (folder / "out").iterdir()] == ["song.csv"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["song.wav", "--out", "song.mat"], "song.mat: features are written as"),
+        (["song.wav", "other.flac", "--out", "both.h5"], "both.h5: one file can't hold 2 recordings"),
+        (["song.wav", "--out", "song.h5", "--weights", "none.safetensors"], "none.safetensors: no such model"),
+        (["song.wav", "--out", "song.h5", "--weights", "bad.wav"], "bad.wav: not a model file"),
+    ],
+)
+def test_mistakes_end_in_one_line(folder, capsys, arguments, why):
+    code, _, error = run(capsys, "convert", *arguments)
+    assert why in error and len(error.splitlines()) == 1 and code != 0
+    assert sorted(path.name for path in folder.iterdir()) == ["bad.wav", "other.flac", "song.wav"]
+
+
+def test_original_weights_need_the_right_names(folder, capsys):
+    for arguments, why in [
+        (["bad.wav", "--out", "x.h5"], "end the name in .safetensors"),
+        (["bad.wav", "--out", "x.safetensors"], "bad.wav: not a weights file"),
+        (["none.save", "--out", "x.safetensors"], "none.save: cannot be read"),
+    ]:
+        _, _, error = run(capsys, "import-weights", *arguments)
+        assert why in error and len(error.splitlines()) == 1
+
+
+def test_version_without_heavy_imports():
+    code = "import sys, gae.cli\ntry: gae.cli.main(['--version'])\nfinally: print({'torch', 'numba', 'scipy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"gae {gae.__version__}", "set()"]

@@ -1,0 +1,303 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+
+import gae
+from gae import audio, convert, shards
+from gae.convert import convert_file, convert_list, convert_track, extract, feature_names
+from gae.cqt import frames
+from gae.errors import AudioError, FormatError, ParamsError
+from gae.features import extract_frames, read
+from gae.files import content_hash
+from gae.model import save_model
+from gae.params import Params
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_model(path, tiny.model().network, tiny.CQT, train={"steps": 1})
+    return path
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(convert, "map_tracks", lambda unit, jobs, compute, label, arguments: [unit(job, *arguments) for job in jobs])
+
+
+class Project:
+    """The inputs of a conversion: an index, shards, and how to run it."""
+
+    def __init__(self, folder, weights, contents, cqt=tiny.CQT):
+        self.out, self.weights, self.contents = folder / "features", weights, contents
+        self.shards, self.index = folder / "shards", folder / "index.json"
+        self.params = Params(**{"compute": {"workers": 2}, "data": {"convert_list": "data/convert.txt"}})
+        keys = {content: f"{content:032x}" for content in contents.values()}
+        folder.joinpath("sources").mkdir()
+        sources = {}
+        for content, key in keys.items():
+            sources[key] = folder / "sources" / f"{key}.h5"
+            with shards.writing(sources[key], cqt) as shard:
+                block = tiny.frames(600 + content, content, cqt.n_bins)
+                shards.add_track(shard, key, [block], cqt.n_bins, "float32", path="x", duration=1.0, peak=1.0)
+        listed = [[(keys[content], path)] for path, content in contents.items()]
+        shards.write_folder(self.shards, listed, sources, cqt, 1 << 30)
+        entries = [[{"path": path, "key": keys[content], "sha256": keys[content] * 2}] for path, content in contents.items()]
+        self.skipped = [
+            {"path": "bad.wav", "list": "data/convert.txt", "line": 3, "reason": "bad.wav: truncated"},
+            {"path": "other.wav", "list": "data/train.txt", "line": 4, "reason": "other.wav: not audio"},
+        ]
+        self.write_index(entries)
+
+    def write_index(self, entries):
+        self.entries = entries
+        self.index.write_text(json.dumps({"schema": 1, "train": [], "convert": entries, "skipped": self.skipped}))
+
+    def run(self):
+        convert_list(self.shards, self.index, self.weights, self.out, self.params)
+        return json.loads((self.out / "index.json").read_text(encoding="utf-8"))
+
+    def files(self):
+        return {path.name: path.read_bytes() for path in self.out.iterdir()}
+
+
+@pytest.fixture
+def project(tmp_path, weights):
+    return Project(tmp_path, weights, {"a/Song.wav": 1, "b/song.flac": 2, "c/other.mp3": 1})
+
+
+def test_every_track_gets_its_own_features(project, weights):
+    index = project.run()  # in worker processes
+    tracks = {track["path"]: track for track in index["tracks"]}
+    assert list(tracks) == list(project.contents)
+    assert sorted(path.name for path in project.out.iterdir()) == sorted(["index.json", *(track["file"] for track in tracks.values())])
+    for path, content in project.contents.items():
+        features = read(project.out / tracks[path]["file"])
+        assert np.array_equal(features.values, extract_frames(tiny.frames(600 + content, content), tiny.model()))
+        assert features.origin.source == path and features.origin.source_sha256 == f"{content:032x}" * 2
+        assert features.origin.model_sha256 == content_hash(weights) == index["model_sha256"]
+        assert tracks[path]["n_frames"] == 600 + content and tracks[path]["key"] == f"{content:032x}"
+    assert tracks["c/other.mp3"]["file"] == "other.h5"
+    assert {name[:5].lower() for name in (tracks["a/Song.wav"]["file"], tracks["b/song.flac"]["file"])} == {"song-"}
+    assert index["skipped"] == project.skipped[:1]
+
+
+def test_same_path_is_converted_once(project, in_this_process):
+    project.write_index(project.entries + project.entries[:1])
+    assert [track["path"] for track in project.run()["tracks"]] == list(project.contents)
+
+
+def test_rerun_keeps_what_is_done_and_ends_in_the_same_bytes(project, in_this_process):
+    project.run()
+    before = project.files()
+    kept, lost, wrong = sorted(path for path in project.out.iterdir() if path.suffix == ".h5")
+    lost.unlink()
+    wrong.write_bytes(wrong.read_bytes()[:-10])
+    (project.out / f".{kept.name}.123.partial").write_bytes(b"half")
+    stamp = kept.stat().st_mtime_ns
+    project.run()
+    assert project.files() == before and kept.stat().st_mtime_ns == stamp
+
+
+def test_other_weights_type_or_content_are_converted_again(project, in_this_process, tmp_path):
+    project.run()
+    other = tmp_path / "other.safetensors"
+    save_model(other, tiny.model(seed=1).network, tiny.CQT)
+    project.weights = other
+    project.run()
+    expected = extract_frames(tiny.frames(601, 1), tiny.model(seed=1))
+    assert np.array_equal(read(project.out / "other.h5").values, expected)
+    project.params = Params(convert={"dtype": "float16"})
+    project.run()
+    assert np.array_equal(read(project.out / "other.h5").values, expected.astype(np.float16))
+
+
+def test_what_is_no_longer_listed_goes_and_what_is_not_ours_stays(project, in_this_process):
+    project.run()
+    (project.out / "mine.h5").write_bytes(b"mine")
+    project.write_index(project.entries[:1])
+    project.run()
+    assert sorted(project.files()) == ["Song.h5", "index.json", "mine.h5"]
+
+
+def test_listed_track_without_frames_is_named(project, in_this_process):
+    project.write_index([*project.entries, [{"path": "gone.wav", "key": "f" * 32, "sha256": "f" * 64}]])
+    index = project.run()
+    assert len(index["tracks"]) == 3
+    assert index["skipped"][-1]["path"] == "gone.wav" and "preprocess" in index["skipped"][-1]["reason"]
+
+
+def test_model_for_other_frames_is_refused(tmp_path, weights):
+    other = tiny.CQT.model_copy(update={"hop_length": 128, "compression": "none"})
+    project = Project(tmp_path, weights, {"a.wav": 1}, cqt=other)
+    with pytest.raises(ParamsError) as caught:
+        project.run()
+    message = str(caught.value)
+    assert "cqt.hop_length is 128, the model's is 256" in message and "cqt.compression is none, the model's is log" in message
+    assert str(weights) in message and "train again" in message and "fmin" not in message and "\n" not in message
+    assert not project.out.exists()
+
+
+def test_damaged_inputs_are_named(project, in_this_process):
+    project.index.write_text('{"convert": ')
+    with pytest.raises(FormatError, match=r"index\.json: missing or damaged"):
+        project.run()
+    project.write_index(project.entries)
+    project.weights.with_name("half.safetensors").write_bytes(project.weights.read_bytes()[:-9])
+    project.weights = project.weights.with_name("half.safetensors")
+    with pytest.raises(FormatError, match=r"half\.safetensors: not a model file"):
+        project.run()
+
+
+def test_model_that_changes_meanwhile_is_refused(project, tmp_path, weights):
+    job = {"source": "a.wav", "sha256": "0" * 64, "key": f"{1:032x}", "shard": str(next(project.shards.glob("*.h5"))), "file": "a.h5"}
+    with pytest.raises(FormatError, match="changed while it was used"):
+        convert_track(job, str(weights), "0" * 64, str(tmp_path), "float32")
+    assert not (tmp_path / "a.h5").exists()
+
+
+def test_names_are_readable_unique_and_safe():
+    paths = [
+        "a/Für Elise.wav",
+        "b/für elise.flac",
+        "c/Bolero.wav",
+        "../../etc/passwd",
+        "..",
+        "d/.hidden.wav",
+        "d/-rf.wav",
+        "e/..\\..\\boot.wav",
+        "f/" + "x" * 4000 + ".wav",
+        "f/" + "x" * 4001 + ".wav",
+        "g/音楽.wav",
+        "h/" + "音" * 400 + ".wav",
+        "i/a\nb\0c:d*?.wav",
+        os.fsdecode(b"j/\xff\xfe.wav"),
+        "k/ﬁne.wav",
+        "l/fine.wav",
+    ]
+    names = feature_names(paths)
+    assert list(names) == paths
+    assert names["c/Bolero.wav"] == "Bolero" and names["g/音楽.wav"] == "音楽" and names["../../etc/passwd"] == "passwd"
+    assert names["a/Für Elise.wav"].startswith("Für_Elise-") and names["b/für elise.flac"].startswith("für_elise-")
+    assert names["k/ﬁne.wav"].startswith("fine-") and names["l/fine.wav"].startswith("fine-")
+    assert len({name.casefold() for name in names.values()}) == len(paths)
+    for name in names.values():
+        assert name and name[0] not in ".-" and Path(name).name == name and len(f".{name}.h5.4194304.partial".encode()) < 255
+        assert all(letter.isalnum() or letter in "_.+-" for letter in name)
+    assert {path: feature_names(reversed(paths))[path] for path in paths} == names
+
+
+def test_names_made_to_collide_do_not():
+    first, second = "a/song.wav", "b/song.wav"
+    names = feature_names([first, second])
+    forged = f"c/{names[first]}.wav"
+    names = feature_names([first, second, forged])
+    assert len(set(names.values())) == 3 and names[first] == Path(forged).stem
+
+
+def test_many_tracks_of_one_stem_get_longer_hashes(monkeypatch):
+    class Sha256:
+        def __init__(self, data):
+            self.data = data
+
+        def hexdigest(self):
+            return "0" * 12 + self.data.hex().rjust(52, "0")[-52:]
+
+    monkeypatch.setattr(convert.hashlib, "sha256", Sha256)
+    names = feature_names([f"{n:04d}/audio.wav" for n in range(50)])
+    assert len(set(names.values())) == 50 and all(len(name) > len("audio-12345678") for name in names.values())
+
+
+@pytest.fixture(scope="module")
+def song(tmp_path_factory):
+    path = tmp_path_factory.mktemp("audio") / "song.wav"
+    soundfile.write(path, np.column_stack([tiny.tone(20, 11025), tiny.tone(20, 11025, 660)]), 11025, subtype="FLOAT")
+    return path
+
+
+def expected(song, weights):
+    return extract_frames(frames(audio.load(song, tiny.CQT.sample_rate), tiny.CQT), gae.load_model(weights))
+
+
+def test_file_and_samples_give_the_same_features(song, weights, tmp_path):
+    assert convert_file(song, tmp_path / "song.h5", weights) == 626
+    features = gae.read_features(tmp_path / "song.h5")
+    assert np.array_equal(features.values, expected(song, weights))
+    assert features.origin.source == str(song) and features.origin.source_sha256 == content_hash(song)
+    samples, rate = soundfile.read(song)
+    extracted = gae.extract(samples, rate, gae.load_model(weights))
+    assert np.abs(extracted.values - features.values).max() < 1e-4
+    assert np.array_equal(extracted.times, features.times) and extracted.origin.model_sha256 == content_hash(weights)
+
+
+def test_samples_of_any_type_and_scale(song, weights):
+    model = gae.load_model(weights)
+    samples = tiny.tone(3, 8000)
+    values = extract(samples, 8000, model).values
+    for other in ((samples * 2**15).astype(np.int16), samples.astype(np.float64), samples[:, None], np.column_stack([samples] * 2)):
+        assert np.abs(extract(other, 8000, model).values - values).max() < 0.05
+    assert np.array_equal(extract(samples.tolist(), 8000.0, weights).values, values)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "why"),
+    [
+        ([], 8000, "empty"),
+        (np.zeros((0, 2)), 8000, "empty"),
+        (np.zeros((2, 2, 2)), 8000, "shape"),
+        (3.0, 8000, "shape"),
+        (np.zeros((2, 8000)), 8000, "samples.T"),
+        ([0.0, np.nan], 8000, "NaN"),
+        ([0.0, np.inf], 8000, "infinite"),
+        ([0.0, 1e300], 8000, "too large"),
+        (["a", "b"], 8000, "real numbers"),
+        ([None, 1.0], 8000, "real numbers"),
+        ([[1.0], [1.0, 2.0]], 8000, "real numbers"),
+        ([1j, 2j], 8000, "real numbers"),
+        ([True, False], 8000, "real numbers"),
+        (np.zeros(8000), 0, "sample_rate"),
+        (np.zeros(8000), float("nan"), "sample_rate"),
+        (np.zeros(8000), "44100", "sample_rate"),
+        (np.zeros(8000), None, "sample_rate"),
+    ],
+)
+def test_samples_that_make_no_sense(samples, rate, why, weights):
+    with pytest.raises(AudioError, match=why) as caught:
+        extract(samples, rate, weights)
+    assert "\n" not in str(caught.value)
+
+
+def test_silence_and_a_single_sample(weights):
+    assert np.isfinite(extract(np.zeros(8000), 8000, weights).values).all()
+    assert len(extract([0.5], 8000, weights)) == 1
+
+
+def test_audio_that_is_none(tmp_path, weights):
+    (tmp_path / "text.wav").write_text("la la la")
+    for path, why in [(tmp_path / "text.wav", "not audio"), (tmp_path / "none.wav", "cannot be opened")]:
+        with pytest.raises(AudioError, match=why):
+            convert_file(path, tmp_path / "out.h5", weights)
+    with pytest.raises(FormatError, match=r"out\.wav: features are written as"):
+        convert_file(tmp_path / "text.wav", tmp_path / "out.wav", weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.wav"]
+
+
+def test_shipped_weights_are_found_or_missed_in_one_line():
+    shipped = Path(gae.__file__).parents[1] / "models" / "pretrained.safetensors"
+    if shipped.exists():
+        assert gae.load_model().sha256 == content_hash(shipped)
+    else:
+        with pytest.raises(FormatError, match="no weights are shipped"):
+            gae.load_model()
+
+
+def test_model_says_what_it_needs(weights):
+    model = gae.load_model(weights)
+    assert (model.cqt, model.sizes, model.facts["train"]) == (tiny.CQT, tiny.SIZES, {"steps": 1})
+    for name, array in model.weights.items():
+        assert np.array_equal(array, tiny.model().weights[name])

@@ -1,0 +1,189 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+
+from gae import evaluate as judging
+from gae.errors import FormatError, ParamsError
+from gae.evaluate import LABELS, chroma, evaluate, heldout_pieces, judge, reconstruction_error, table
+from gae.files import read_json
+from gae.model import save_model
+from gae.params import Evaluate, Params, Train
+
+RATE = tiny.CQT.sample_rate
+SETTINGS = Evaluate(frames=40, stack=4, alignment_hop=0.064, bootstrap=50)
+PARAMS = Params(evaluate=SETTINGS, train=Train(shift=6))
+
+
+def play(notes, beats, k, brightness):
+    """Notes (semitones above the lowest bin) from each beat to the next, transposed by k semitones."""
+    samples = np.zeros(round((beats[-1] + 0.1) * RATE))
+    for note, start, end in zip(notes, beats[:-1], beats[1:], strict=True):
+        times = np.arange(round((end - start) * RATE)) / RATE
+        frequency = tiny.CQT.fmin * 2 ** ((note + k) / 12)
+        sound = sum(brightness**n * np.sin(2 * np.pi * n * frequency * times) for n in (1, 2, 3)) * np.exp(-3 * times)
+        samples[round(start * RATE) :][: len(sound)] += sound
+    return samples / 4
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Four pieces of random notes, one without beats; the performance is slower, uneven, and darker."""
+    folder = tmp_path_factory.mktemp("corpus")
+    pieces = [{"id": "training-piece", "split": "train"}]
+    for number, k in enumerate((3, -4, 5, 2)):
+        rng = np.random.default_rng(number)
+        notes = rng.permutation(np.arange(6, 24))
+        score = 0.05 + np.arange(len(notes) + 1) * 0.3
+        performance = 0.1 + np.concatenate([[0], np.cumsum(rng.uniform(0.3, 0.5, len(notes)))])
+        piece = folder / "heldout" / f"piece-{number}"
+        piece.mkdir(parents=True)
+        soundfile.write(piece / "original.flac", play(notes, score, 0, 0.5), RATE)
+        soundfile.write(piece / "transposed.flac", play(notes, score, k, 0.5), RATE)
+        soundfile.write(piece / "performance.flac", play(notes, performance, 0, 0.4), RATE)
+        beats = {"score": score[:-1].tolist(), "performance": performance[:-1].tolist()} if number < 3 else {"score": [], "performance": []}
+        pieces.append({"id": piece.name, "split": "heldout", "k": k, "beats": beats})
+    (folder / "corpus.json").write_text(json.dumps({"pieces": pieces}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "gae.safetensors"
+    save_model(path, tiny.model().network, tiny.CQT)
+    return path
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(judging, "map_tracks", lambda unit, items, compute, label, more: [unit(item, *more) for item in items])
+
+
+@pytest.fixture
+def figures(corpus, model, tmp_path, in_this_process):
+    (tmp_path / "training.json").write_text('{"loss": 0.25}')
+    evaluate(PARAMS, corpus, model, tmp_path / "training.json", tmp_path / "metrics.json")
+    return read_json(tmp_path / "metrics.json")
+
+
+def test_known_transposition_is_found_and_others_are_not(figures):
+    top1 = {kind: found["top1"] for kind, found in figures["invariance"].items()}
+    stacked = {kind: found["top1_stacked"] for kind, found in figures["invariance"].items()}
+    assert top1["cqt_shifted_back"] > 30 and top1["chroma_best_shift"] > 10
+    assert stacked["cqt_shifted_back"] > 55 and stacked["chroma_best_shift"] > 35
+    assert max(top1["cqt"], stacked["cqt"], top1["chroma"], stacked["chroma"]) < 5
+
+
+def test_beats_are_found_with_what_does_not_mind_the_key(figures):
+    transposed = {kind: found["transposed"]["100ms"] for kind, found in figures["alignment"].items()}
+    untransposed = {kind: found["untransposed"]["100ms"] for kind, found in figures["alignment"].items()}
+    assert min(transposed["cqt_shifted_back"], transposed["chroma_best_shift"]) > 90
+    assert max(transposed["cqt"], transposed["chroma"]) < 60
+    assert min(untransposed[kind] for kind in ("cqt", "chroma", "cqt_shifted_back", "chroma_best_shift")) > 90
+    for found in figures["alignment"].values():
+        assert found["transposed"]["50ms"] <= found["transposed"]["100ms"] <= found["transposed"]["250ms"] <= 100
+
+
+def test_figures_are_complete_and_finite(figures):
+    def numbers(node):
+        return [number for value in node.values() for number in numbers(value)] if isinstance(node, dict) else [node]
+
+    assert np.isfinite(numbers(figures)).all()
+    assert figures["pieces"] == 4
+    assert set(figures["invariance"]) == set(figures["alignment"]) == set(LABELS)
+    assert set(figures["invariance"]["gae"]) == {"top1", "top1_se", "top1_stacked", "top1_stacked_se"}
+    assert figures["invariance"]["chroma_best_shift"]["top1_se"] > 0
+    assert figures["speed"]["conversion_times_real_time"] > 1
+    assert figures["training"] == {"loss": 0.25}
+
+
+def test_figures_are_the_same_again(figures, corpus, model, tmp_path, capsys):
+    evaluate(PARAMS, corpus, model, None, tmp_path / "again.json")
+    again = read_json(tmp_path / "again.json")
+    assert {key: again[key] for key in again if key != "speed"} == {key: figures[key] for key in again if key != "speed"}
+    assert set(figures) - set(again) == {"training"}
+    printed = capsys.readouterr().out
+    assert printed.strip().endswith(table(again))
+
+
+def test_table_shows_every_figure(figures):
+    text = table(figures)
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    for kind, label in LABELS.items():
+        assert f"{figures['invariance'][kind]['top1_stacked']:.1f} ±" in lines[label]
+        assert f"{figures['alignment'][kind]['untransposed']['250ms']:.1f} ±" in lines[label]
+    assert f"{figures['reconstruction']['relative_error']:.1f} ±" in text
+
+
+def test_reports_travel_between_processes_and_pieces_without_beats_are_no_failure(corpus, model):
+    piece = heldout_pieces(corpus)[3]
+    report = pickle.loads(pickle.dumps(judge((3, piece), corpus, model, SETTINGS, 6)))
+    original, transposed = report["samples"]["cqt"]
+    assert original.shape == transposed.shape == (40, 4, tiny.CQT.n_bins)
+    assert report["alignment"] == {}
+    assert report["reconstruction"] > 0
+
+
+def test_all_features_are_judged_on_the_same_frames(corpus, model):
+    report = judge((0, heldout_pieces(corpus)[0]), corpus, model, SETTINGS, 6)
+    chroma_of_samples = report["samples"]["chroma"][0]
+    assert np.array_equal(chroma_of_samples, report["samples"]["chroma_best_shift"][0])
+    # the strongest bin of a frame and its pitch class agree
+    strongest = report["samples"]["cqt"][0].argmax(axis=-1) % 12
+    assert (strongest == chroma_of_samples.argmax(axis=-1)).mean() > 0.8
+
+
+def test_chroma_folds_octaves_and_shares_bins_between_semitones():
+    one = chroma(np.eye(36, dtype=np.float32), tiny.CQT)
+    assert np.array_equal(one, np.tile(np.eye(12), (3, 1)))
+    fine = tiny.CQT.model_copy(update={"bins_per_octave": 24, "n_bins": 48})
+    folded = chroma(np.eye(48, dtype=np.float32), fine)
+    assert folded[2 * 5].tolist() == np.eye(12)[5].tolist()
+    assert folded[24 + 23].tolist() == (np.eye(12)[11] / 2 + np.eye(12)[0] / 2).tolist()
+    assert np.allclose(folded.sum(axis=1), 1)
+
+
+class Persistence(torch.nn.Module):
+    """Rebuilds whatever the context ended with."""
+
+    sizes = tiny.SIZES
+
+    def mapping(self, x, y):
+        assert len(x[0]) == len(y[0]) + self.sizes.context - 1
+        return y
+
+    def reconstruct(self, mapping, x):
+        return x[:, self.sizes.context - 1 :]
+
+
+def test_reconstruction_sees_the_transposed_context():
+    constant = np.repeat(tiny.frames(1), 700, axis=0)
+    assert reconstruction_error(constant, Persistence(), 6, np.random.default_rng(0)) == 0
+    frames = tiny.frames(700)
+    before = np.concatenate([frames[:1], frames[:-1]])
+    expected = np.square(frames - before).sum() / np.square(frames).sum()
+    assert reconstruction_error(frames, Persistence(), 0, np.random.default_rng(0)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_rebuilt_is_an_error_of_one():
+    network = Persistence()
+    network.reconstruct = lambda mapping, x: torch.zeros_like(mapping)
+    assert reconstruction_error(tiny.frames(700), network, 6, np.random.default_rng(0)) == pytest.approx(1)
+    assert reconstruction_error(np.zeros((30, 36), np.float32), network, 6, np.random.default_rng(0)) == 0
+
+
+def test_what_is_missing_is_named(corpus, model, tmp_path, in_this_process):
+    with pytest.raises(FormatError, match=r"corpus\.json: missing.*dvc repro corpus"):
+        heldout_pieces(tmp_path)
+    (tmp_path / "corpus.json").write_text('{"pieces": [{"id": "a", "split": "train"}]}')
+    with pytest.raises(FormatError, match="no held-out piece"):
+        heldout_pieces(tmp_path)
+    with pytest.raises(FormatError, match="no such model"):
+        evaluate(PARAMS, corpus, tmp_path / "none.safetensors", None, tmp_path / "metrics.json")
+    long = PARAMS.model_copy(update={"evaluate": SETTINGS.model_copy(update={"stack": 1000})})
+    with pytest.raises(ParamsError, match=r"evaluate\.stack: got 1000 frames.*piece-0"):
+        evaluate(long, corpus, model, None, tmp_path / "metrics.json")

@@ -1,0 +1,107 @@
+import librosa
+import numpy as np
+import pytest
+
+from gae import measures
+from gae.measures import Alignment, align, beats_within, bootstrap, invariance_top1, pool, stack, unit
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_own_candidate_is_nearest_unless_another_is():
+    candidates = random(50, 8)
+    queries = candidates + 0.01 * random(50, 8, seed=1)
+    queries[[3, 7]] = queries[[7, 3]]
+    assert np.flatnonzero(~invariance_top1(queries, candidates)).tolist() == [3, 7]
+
+
+def test_nearest_is_by_cosine():
+    candidates = random(50, 8)
+    scaled = candidates * np.random.default_rng(2).uniform(0.01, 100, (50, 1)).astype(np.float32)
+    assert invariance_top1(candidates, scaled).all()
+    assert not invariance_top1(-candidates, scaled).any()
+
+
+def test_a_tie_is_a_miss():
+    candidates = random(5, 4)
+    candidates[3] = candidates[1]
+    assert invariance_top1(candidates, candidates).tolist() == [True, False, True, False, True]
+    assert not invariance_top1(np.zeros((5, 4), np.float32), candidates).any()
+
+
+def test_best_version_of_a_query_counts():
+    candidates = random(20, 12)
+    versions = np.stack([np.roll(candidates, shift, axis=1) for shift in (3, 5, 0)])
+    assert invariance_top1(versions, candidates).all()
+    assert invariance_top1(versions[:2], candidates).mean() < 0.5
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch):
+    candidates = random(40, 6)
+    queries = random(3, 40, 6, seed=1) + candidates
+    whole = invariance_top1(queries, candidates)
+    monkeypatch.setattr(measures, "_SIMILARITIES", 7 * 40)
+    assert 0 < whole.sum() < 40
+    assert np.array_equal(invariance_top1(queries, candidates), whole)
+
+
+def test_stack_and_pool():
+    values = np.arange(14.0).reshape(7, 2)
+    assert stack(values, [0, 4], 3).tolist() == [[0, 1, 2, 3, 4, 5], [8, 9, 10, 11, 12, 13]]
+    assert pool(values, 3).tolist() == [[2, 3], [8, 9], [12, 13]]
+    assert np.array_equal(pool(values, 1), values)
+
+
+def test_unit_keeps_zeros():
+    assert np.allclose(unit(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0, 0]])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 55), (55, 40), (1, 9), (9, 1), (300, 280)])
+def test_alignment_is_librosas(rows, columns):
+    score, performance = random(rows, 5), random(columns, 5, seed=1)
+    distance = 1 - unit(score.astype(np.float64)) @ unit(performance.astype(np.float64)).T
+    totals, path = librosa.sequence.dtw(C=distance, step_sizes_sigma=np.array([[1, 1], [1, 0], [0, 1]]))
+    found = align(score, performance)
+    assert found.cost == pytest.approx(totals[-1, -1], rel=1e-5)
+    assert found.positions == pytest.approx([path[path[:, 0] == row, 1].mean() for row in range(rows)])
+
+
+def test_band_finds_a_path_near_the_diagonal(monkeypatch):
+    performance = random(600, 5)
+    at = np.clip(np.rint(np.arange(400) * 1.5 + 20 * np.sin(np.arange(400) / 60)), 0, 599).astype(int)
+    whole = align(performance[at], performance)
+    monkeypatch.setattr(measures, "_CELLS", 400 * 120)
+    steps, _, _ = measures._table(unit(performance[at]), unit(performance))
+    assert steps.shape == (400, 120)
+    banded = align(performance[at], performance)
+    assert np.array_equal(banded.positions, whole.positions)
+    assert banded.cost == pytest.approx(whole.cost)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 500), (500, 3), (50, 51)])
+def test_narrowest_band_still_reaches_the_end(monkeypatch, rows, columns):
+    monkeypatch.setattr(measures, "_CELLS", 1)
+    found = align(random(rows, 5), random(columns, 5, seed=1))
+    assert np.isfinite(found.cost)
+    assert (np.diff(found.positions) >= 0).all()
+    assert found.positions[0] >= 0 and found.positions[-1] <= columns - 1
+
+
+def test_times_along_an_alignment():
+    alignment = Alignment(np.array([0.0, 2.0, 6.0]), 0.0)
+    assert alignment.times([0, 0.5, 0.75, 1.0, 9.0], 0.5) == pytest.approx([0, 1, 2, 3, 3])
+
+
+def test_beats_within_counts_both_sides_and_the_limit():
+    assert beats_within([1.0, 2.25, 2.75, 5.0], [1.0, 2.0, 3.0, 4.0], [0.1, 0.25, 2]) == [0.25, 0.75, 1.0]
+
+
+def test_bootstrap_is_the_error_of_the_mean():
+    values = np.random.default_rng(0).normal(size=(100, 2)) * [1, 5]
+    error = bootstrap(values, 4000, seed=3)
+    assert error == pytest.approx(values.std(axis=0) / 10, rel=0.05)
+    assert error.tolist() == bootstrap(values, 4000, seed=3).tolist()
+    assert bootstrap(values[:, 1], 4000, seed=3) == pytest.approx(error[1])
+    assert bootstrap([0.5, 0.5, 0.5], 100, seed=1) == 0

@@ -1,0 +1,197 @@
+import json
+import warnings
+
+import matplotlib
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+from PIL import Image
+
+from gae import plot as pictures
+from gae.errors import FormatError
+from gae.evaluate import LABELS, TOLERANCES
+from gae.features import Origin, extract_frames, write
+from gae.measures import pool
+from gae.model import save_model, transpose
+from gae.params import Cqt, Params, Plot
+from gae.plot import draw, draw_losses, draw_network, draw_track, note_ticks, self_similarity
+from gae.shards import add_track, write_folder, writing
+
+PLOT = Plot(dpi=50, seconds=4, filters=20)
+NETWORK = ("filters_x", "filters_y", "histograms", "mapping", "reconstruction")
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def is_a_picture(path, inches=10):
+    image = pixels(path)
+    return image.shape[1] == inches * PLOT.dpi and image.std() > 10
+
+
+def features_file(path, frames):
+    values = extract_frames(frames, tiny.model())
+    write(path, [values], values.shape, Origin(tiny.CQT, str(path)))
+    return path
+
+
+def metrics():
+    rng = np.random.default_rng(0)
+
+    def figures(names):
+        return {name + end: float(rng.uniform(0, 90)) / (20 if end else 1) for name in names for end in ("", "_se")}
+
+    return {
+        "pieces": 3,
+        "invariance": {kind: figures(("top1", "top1_stacked")) for kind in LABELS},
+        "alignment": {kind: {key: figures(TOLERANCES) for key in ("transposed", "untransposed")} for kind in LABELS},
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What the stages before leave behind: the arguments of `draw`."""
+    piece = tmp_path / "corpus" / "heldout" / "a"
+    piece.mkdir(parents=True)
+    for take, frequency in (("original", 440), ("transposed", 660)):
+        soundfile.write(piece / f"{take}.flac", tiny.tone(3, 8000, frequency), 8000)
+    entry = {"id": "a", "split": "heldout", "k": 7}
+    (tmp_path / "corpus" / "corpus.json").write_text(json.dumps({"pieces": [entry]}))
+    frames, key = tiny.frames(300), "0" * 64
+    with writing(tmp_path / "track.h5", tiny.CQT) as shard:
+        add_track(shard, key, [frames], tiny.CQT.n_bins, "float32", path="music/first.wav", duration=9.6, peak=1.0)
+    write_folder(tmp_path / "shards", [[(key, "music/first.wav")]], {key: tmp_path / "track.h5"}, tiny.CQT, 1 << 20)
+    save_model(tmp_path / "gae.safetensors", tiny.model().network, tiny.CQT)
+    (tmp_path / "features").mkdir()
+    for name in ("song", "Für $Elise$ 楽", "no.dots"):
+        features_file(tmp_path / "features" / f"{name}.h5", frames)
+    curves = tmp_path / "training" / "plots" / "metrics" / "train"
+    curves.mkdir(parents=True)
+    (curves / "loss.tsv").write_text("step\tloss\n50\t1.5\n100\t0.5\n")
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics()))
+    paths = ("corpus", "shards", "gae.safetensors", "features", "training", "metrics.json", "figures")
+    return [tmp_path / name for name in paths]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(pictures, "map_tracks", lambda unit, items, compute, label, more: [unit(item, *more) for item in items])
+
+
+def test_every_picture_is_drawn(run, in_this_process):
+    before = dict(matplotlib.rcParams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(Params(plot=PLOT), *run)
+    figures = run[-1]
+    drawn = {str(path.relative_to(figures)) for path in figures.rglob("*") if path.is_file()}
+    tracks = {"tracks/song.png", "tracks/Für $Elise$ 楽.png", "tracks/no.dots.png"}
+    assert drawn == {f"{name}.png" for name in (*NETWORK, "input", "loss", "metrics", "transposition")} | tracks
+    for name in drawn:
+        assert is_a_picture(figures / name, inches=8 if name in tracks else 10)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_pictures_need_the_models_frames(run, in_this_process):
+    save_model(run[2], tiny.model().network, Cqt(n_bins=36, sample_rate=8000, fmin=100.0))
+    with pytest.raises(FormatError, match="other cqt parameters"):
+        draw(Params(plot=PLOT), *run)
+
+
+def test_drawings_of_the_network_are_named_by_step_and_change_with_it(tmp_path):
+    for step, seed in ((900, 0), (12000, 1)):
+        draw_network(tiny.model(seed).network, tiny.CQT, tiny.frames(200), tmp_path, step, PLOT)
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert names == [f"{name}-{step}.png" for name in NETWORK for step in ("0000900", "0012000")]
+    for earlier, later in zip(names[::2], names[1::2], strict=True):
+        assert not np.array_equal(pixels(tmp_path / earlier), pixels(tmp_path / later))
+
+
+@pytest.mark.parametrize("frames", [np.zeros((200, 36), np.float32), tiny.frames(3)], ids=["silence", "three frames"])
+def test_odd_excerpts_are_drawn_without_complaint(frames, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_network(tiny.model().network, tiny.CQT, frames, tmp_path, plot=PLOT)
+        draw_track(features_file(tmp_path / "odd.h5", frames), tmp_path, PLOT)
+    assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_same_features_same_bytes(tmp_path):
+    file = features_file(tmp_path / "song.h5", tiny.frames(100))
+    for folder in ("a", "b"):
+        draw_track(file, tmp_path / folder, PLOT)
+    assert (tmp_path / "a/song.png").read_bytes() == (tmp_path / "b/song.png").read_bytes()
+
+
+def test_reconstruction_is_made_from_the_context_alone():
+    network, seen = tiny.model().network, {}
+    mapping, reconstruct = network.mapping, network.reconstruct
+
+    def spy_on_mapping(x, y):
+        seen["mapping"] = mapping(x, y)
+        return seen["mapping"]
+
+    def spy_on_reconstruct(m, x):
+        seen.update(m=m, x=x)
+        return reconstruct(m, x)
+
+    network.mapping, network.reconstruct = spy_on_mapping, spy_on_reconstruct
+    frames = tiny.frames(30)
+    target, rebuilt = pictures._rebuild(frames, network, 5)
+    up = transpose(torch.from_numpy(frames), 5)
+    assert torch.equal(seen["m"], seen["mapping"])
+    assert np.array_equal(target, up.numpy())
+    for t in range(network.sizes.context, 30):
+        assert torch.equal(seen["x"][0, t : t + network.sizes.context], up[t - network.sizes.context : t])
+    assert rebuilt.shape == target.shape
+
+
+def test_notes_lie_on_their_bins():
+    bins, names = note_ticks(Cqt())
+    assert names == ["C2", "C3", "C4", "C5", "C6"]
+    assert bins == pytest.approx([0, 24, 48, 72, 96], abs=0.05)
+    bins, names = note_ticks(Cqt(fmin=440.0, n_bins=12, bins_per_octave=12))
+    assert names[:4] == ["A4", "A♯4", "B4", "C5"]
+    assert bins == pytest.approx(np.arange(12), abs=1e-9)
+
+
+def test_a_repeated_passage_is_a_line_beside_the_diagonal():
+    passage = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
+    similarity = self_similarity(np.concatenate([passage, passage]))
+    assert similarity.shape == (120, 120)
+    assert np.allclose(similarity, similarity.T, atol=1e-5)
+    assert np.allclose(np.diagonal(similarity), 1, atol=1e-5)
+    assert np.diagonal(similarity, 60)[:50].min() > 0.99
+    assert np.abs(np.diagonal(similarity, 30)[:50]).max() < 0.7
+
+
+def test_long_tracks_are_pooled_block_by_block(tmp_path, monkeypatch):
+    frames = tiny.frames(5000)
+    file = features_file(tmp_path / "long.h5", frames)
+    monkeypatch.setattr(pictures, "_BLOCK", 512)
+    pooled, seconds = pictures._pooled(file)
+    assert len(pooled) == 834
+    assert np.allclose(pooled, pool(extract_frames(frames, tiny.model()), 6), atol=1e-6)
+    assert seconds == pytest.approx(5000 * 256 / 8000)
+
+
+def test_curves_are_read_as_dvclive_writes_them(tmp_path):
+    from dvclive import Live
+
+    with Live(tmp_path / "training", dvcyaml=None, report=None, save_dvc_exp=False, monitor_system=False) as live:
+        for step in (50, 100, 150):
+            live.step = step
+            live.log_metric("train/loss", 1 / step)
+            live.log_metric("top1", step / 1000)
+    curves = pictures._curves(tmp_path / "training")
+    assert list(curves) == ["top1", "train/loss"]
+    assert curves["train/loss"][0].tolist() == [50, 100, 150]
+    assert curves["train/loss"][1] == pytest.approx([1 / 50, 1 / 100, 1 / 150])
+    draw_losses(curves, tmp_path / "loss.png", PLOT)
+    assert is_a_picture(tmp_path / "loss.png")
+    draw_losses({}, tmp_path / "none.png", PLOT)
