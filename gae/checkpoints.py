@@ -22,13 +22,13 @@ class Checkpoints:
         Digest of all that the result depends on. Checkpoints of other recipes are removed.
     modules : dict of str to nn.Module
         What to save and restore.
-    optimiser : torch.optim.Optimizer
+    optimisers : list of torch.optim.Optimizer
     writes : bool
         Whether this process is the one that touches the folder; the others only read.
     """
 
-    def __init__(self, folder, recipe, modules, optimiser, writes=True):
-        self.folder, self.modules, self.optimiser, self.writes = Path(folder), modules, optimiser, writes
+    def __init__(self, folder, recipe, modules, optimisers, writes=True):
+        self.folder, self.modules, self.optimisers, self.writes = Path(folder), modules, optimisers, writes
         self.file = self.folder / f"{recipe[:32]}.safetensors"
 
     def resume(self):
@@ -49,12 +49,8 @@ class Checkpoints:
             return None
         for name, module in self.modules.items():
             module.load_state_dict(_under(tensors, name))
-        state = self.optimiser.state_dict()
-        state["state"] = {}
-        for key, tensor in _under(tensors, "optimiser").items():
-            number, name = key.split(".")
-            state["state"].setdefault(int(number), {})[name] = tensor
-        self.optimiser.load_state_dict(state)
+        for number, optimiser in enumerate(self.optimisers):
+            _restore(optimiser, _under(tensors, f"optimiser_{number}"))
         return facts
 
     def save(self, **facts):
@@ -62,8 +58,9 @@ class Checkpoints:
         if not self.writes:
             return
         tensors = {f"{name}.{key}": value for name, module in self.modules.items() for key, value in module.state_dict().items()}
-        for number, entries in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in entries.items()}
+        for number, optimiser in enumerate(self.optimisers):
+            for weight, entries in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser_{number}.{weight}.{name}": torch.as_tensor(value) for name, value in entries.items()}
         data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata={"gae": json.dumps(facts)})
         with replacing(self.file) as partial:
             partial.write_bytes(data)
@@ -78,6 +75,16 @@ class Checkpoints:
         for stale in self.folder.glob("*.safetensors"):
             if stale != self.file:
                 stale.unlink()
+
+
+def _restore(optimiser, tensors):
+    """Put back what an optimiser remembers of each weight, {"<number of the weight>.<name>": tensor}."""
+    state = optimiser.state_dict()
+    state["state"] = {}
+    for key, tensor in tensors.items():
+        weight, name = key.split(".")
+        state["state"].setdefault(int(weight), {})[name] = tensor
+    optimiser.load_state_dict(state)
 
 
 def _under(tensors, name):

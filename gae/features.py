@@ -218,7 +218,7 @@ def _mapping(model):
     """The function from frames (context + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
     weights, sizes = model.weights, model.sizes
     n_factors, n_bins = weights["filters_y"].shape
-    filters_x = weights["filters_x"].reshape(n_factors, -1).T
+    filters_x = weights["filters_x"].T
     filters_y = weights["filters_y"].T * np.float32(sizes.input_scale**2)  # both inputs are scaled, and multiplied
     map_1, bias_1 = weights["map_1.weight"].T, weights["map_1.bias"]
     map_2, bias_2 = weights["map_2.weight"].T, weights["map_2.bias"]

@@ -33,7 +33,8 @@ class GatedAutoencoder(nn.Module):
 
     Attributes
     ----------
-    filters_x : Parameter, shape (n_factors, context, n_bins)
+    filters_x : Parameter, shape (n_factors, context * n_bins)
+        Frame after frame, the earliest first.
     filters_y : Parameter, shape (n_factors, n_bins)
     map_1, map_2 : Linear
         n_factors to n_hidden to n_maps.
@@ -47,7 +48,7 @@ class GatedAutoencoder(nn.Module):
     def __init__(self, n_bins, sizes):
         super().__init__()
         self.n_bins, self.sizes = n_bins, sizes
-        self.filters_x = nn.Parameter(torch.randn(sizes.n_factors, sizes.context, n_bins) / math.sqrt(sizes.context * n_bins))
+        self.filters_x = nn.Parameter(torch.randn(sizes.n_factors, sizes.context * n_bins) / math.sqrt(sizes.context * n_bins))
         self.filters_y = nn.Parameter(torch.randn(sizes.n_factors, n_bins) / math.sqrt(n_bins))
         self.map_1 = nn.Linear(sizes.n_factors, sizes.n_hidden)
         self.map_2 = nn.Linear(sizes.n_hidden, sizes.n_maps)
@@ -73,7 +74,7 @@ class GatedAutoencoder(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         # one matrix product over copied windows: faster than any convolution of full height
         windows = x.unfold(1, self.sizes.context, 1).transpose(2, 3).flatten(2)
-        return F.linear(windows, self.filters_x.flatten(1))
+        return F.linear(windows, self.filters_x)
 
     def y_factors(self, y):
         """Filter responses to frames (batch, n_frames, n_bins): Tensor, shape (batch, n_frames, n_factors)."""
@@ -122,8 +123,7 @@ class GatedAutoencoder(nn.Module):
     def set_filter_norm(self, norm):
         """Scale each filter of x and of y to the L2 norm `norm`."""
         for filters in (self.filters_x, self.filters_y):
-            rows = filters.view(len(filters), -1)
-            rows.mul_(norm / rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
+            filters.mul_(norm / filters.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def transpose(frames, shift):

@@ -126,7 +126,7 @@ def _read(path):
 def _shapes(sizes, n_bins):
     """Shape of each weight: metadata alone must not make anyone take memory."""
     return {
-        "filters_x": (sizes.n_factors, sizes.context, n_bins),
+        "filters_x": (sizes.n_factors, sizes.context * n_bins),
         "filters_y": (sizes.n_factors, n_bins),
         "map_1.weight": (sizes.n_hidden, sizes.n_factors),
         "map_1.bias": (sizes.n_hidden,),

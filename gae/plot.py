@@ -54,7 +54,7 @@ _INTERVAL = 5  # semitones by which the pictures of a reconstruction are transpo
 _MATRIX = 900  # rows of a self-similarity matrix, at most
 _BLOCK = 1 << 15  # frames of features read at a time
 _DIAGONAL = 8  # successive pooled frames compared at a time in it
-_COLUMNS = 16  # of the grid of filters
+_COLUMNS = 16  # filters beside each other
 
 
 def draw(params, corpus, shards, model, tracks, training, metrics, figures):
@@ -164,34 +164,37 @@ def draw_mapping(frames, mapping, cqt, path, plot, suffix=""):
 
 def draw_filters_x(network, cqt, path, plot, suffix=""):
     """Draw the filters of the context that weigh most in the mapping, time by pitch."""
-    filters = network.weights["filters_x"][_order(network)[: plot.filters]]
+    context = network.sizes.context
+    filters = network.weights["filters_x"][_order(network)[: plot.filters]].reshape(-1, context, cqt.n_bins)
     limit = np.quantile(np.abs(filters), 0.998)
-    span = network.sizes.context * cqt.frame_seconds * 1000
-    with _picture(path, plot, _grid_height(filters)) as figure:
-        grid = _grid(figure, len(filters), f"Filters of the context{suffix}", f"time, the {span:.0f} ms before the frame")
-        for axes, weights in zip(grid.flat, filters, strict=False):
-            image = _show_pitch(axes, weights, cqt, (-span, 0), (-limit, limit), _SIGNED, label=axes in grid[:, 0])
-        _scale(figure, image, grid, "weight")
+    apart = np.pad(filters, ((0, 0), (0, 1 + context // 8), (0, 0)), constant_values=np.nan)
+    label = f"time, for each filter the {context * cqt.frame_seconds * 1000:.0f} ms before the frame"
+    with _picture(path, plot, _filters_height(filters)) as figure:
+        column = _filter_rows(figure, cqt, filters, f"Filters of the context{suffix}", label)
+        for axes, row in zip(column, _filter_groups(apart), strict=True):
+            image = _show_pitch(axes, row.reshape(-1, cqt.n_bins), cqt, (0, len(row)), (-limit, limit), _SIGNED)
+        _scale(figure, image, column, "weight")
 
 
 def draw_filters_y(network, cqt, path, plot, suffix=""):
     """Draw the filters of the frame that belong to those of the context, in the same order."""
     filters = network.weights["filters_y"][_order(network)[: plot.filters]]
     limit = float(np.abs(filters).max()) or 1
-    pitch = np.arange(filters.shape[1])
-    with _picture(path, plot, _grid_height(filters)) as figure:
-        grid = _grid(figure, len(filters), f"Filters of the frame{suffix}", f"weight, from −{limit:.2g} to {limit:.2g}")
-        for axes, weights in zip(grid.flat, filters, strict=False):
-            _pitch_axis(axes, cqt, label=axes in grid[:, 0])
-            axes.fill_betweenx(pitch, weights, where=weights >= 0, interpolate=True, color=_ACCENT, linewidth=0)
-            axes.fill_betweenx(pitch, weights, where=weights <= 0, interpolate=True, color=_COLOURS["cqt_shifted_back"], linewidth=0)
-            axes.set(xlim=(-limit, limit), ylim=(-0.5, len(pitch) - 0.5))
+    pitch = np.arange(cqt.n_bins)
+    with _picture(path, plot, _filters_height(filters)) as figure:
+        column = _filter_rows(
+            figure, cqt, filters, f"Filters of the frame{suffix}", f"weight, for each filter from −{limit:.2g} to {limit:.2g}"
+        )
+        for axes, row in zip(column, _filter_groups(filters), strict=True):
+            for middle, weights in enumerate(row / limit / 2, start=1):
+                for sign, colour in ((1, _ACCENT), (-1, _COLOURS["cqt_shifted_back"])):
+                    axes.fill_betweenx(pitch, middle, middle + sign * np.maximum(0, sign * weights), color=colour, linewidth=0)
 
 
 def draw_histograms(network, frames, mapping, rebuilt, path, plot, suffix=""):
     """Draw how data, reconstruction, mapping and weights are distributed."""
     weights = network.weights
-    common = min(frames.min(), rebuilt.min()), max(frames.max(), rebuilt.max())
+    common = min(frames.min(), rebuilt.min()) - 1e-3, max(frames.max(), rebuilt.max()) + 1e-3
     values = {"Data": (frames, common), f"Reconstruction{suffix}": (rebuilt, common), f"Mapping{suffix}": (mapping, (-1, 1))}
     names = {"Filters of x": "filters_x", "Filters of y": "filters_y", "Layer 1": "map_1.weight", "Layer 2": "map_2.weight"}
     limits = {name: float(np.abs(weights[key]).max()) or 1 for name, key in names.items()}
@@ -361,7 +364,7 @@ def _plain(name):
 
 
 def _show_pitch(axes, values, cqt, times, limits, colours=_MAGNITUDE, label=True):
-    """Values (n_frames, n_bins) as an image of time by pitch."""
+    """Values (n_frames, n_bins) as an image of time by pitch, blank where they are NaN."""
     _pitch_axis(axes, cqt, label)
     return axes.imshow(values.T, extent=(*times, -0.5, cqt.n_bins - 0.5), cmap=colours, vmin=limits[0], vmax=limits[1])
 
@@ -377,21 +380,24 @@ def _show_features(axes, values, times):
     return axes.imshow(values.T, extent=(*times, -0.5, values.shape[1] - 0.5), cmap=_SIGNED, vmin=-1, vmax=1)
 
 
-def _grid(figure, n, title, label):
-    """Small panels for `n` filters, all with the same axes; `label` tells what their width is."""
-    grid = figure.subplots(-(-n // _COLUMNS), _COLUMNS, sharex=True, sharey=True, squeeze=False)
-    for axes in grid.flat[n:]:
-        axes.set_visible(False)
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.tick_params(axis="y", left=axes in grid[:, 0])
-    figure.suptitle(f"{title}, by their weight in the mapping", x=0.005, ha="left", weight="bold", size=10)
-    figure.supxlabel(label, size=9, color="#444444")
-    return grid
+def _filter_rows(figure, cqt, filters, title, label):
+    """An empty panel for each group of filters, each filter as wide as 1; `label` says what lies along that width."""
+    column = figure.subplots(len(_filter_groups(filters)), sharex=True, squeeze=False)[:, 0]
+    for axes in column:
+        _pitch_axis(axes, cqt)
+        axes.set(xticks=[], ylim=(-0.5, cqt.n_bins - 0.5))
+        axes.spines["bottom"].set_visible(False)
+    column[0].set_title(f"{title}, by their weight in the mapping")
+    column[-1].set_xlabel(label)
+    return column
 
 
-def _grid_height(filters):
-    return 0.8 + 1.9 * -(-len(filters) // _COLUMNS)
+def _filter_groups(filters):
+    return [filters[start : start + _COLUMNS] for start in range(0, len(filters), _COLUMNS)]
+
+
+def _filters_height(filters):
+    return 0.8 + 1.9 * len(_filter_groups(filters))
 
 
 def _histogram(axes, values, title, label, limits):

@@ -65,7 +65,7 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
             trouble = run.look()
             if trouble:
                 run.write_good(model_path)
-                raise TrainingError(f"{trouble}; weights from before are in {model_path}; lower train.learning_rate")
+                raise TrainingError(f"{trouble}; weights from before are in {model_path}; lower train.learning_rate and train.muon_rate")
             if run.step % VALIDATION_STEPS == 0 or run.ended:
                 run.validate()
             if view:
@@ -120,15 +120,15 @@ class Run:
         self.model.set_filter_norm(params.train.filter_norm)
         self.average = copy.deepcopy(self.model).requires_grad_(False).to(fabric.device)
         self.best, self.good = copy.deepcopy(self.average), copy.deepcopy(self.average)
-        optimiser = torch.optim.Adam(self.model.parameters(), lr=params.train.learning_rate)
-        self.objective, self.optimiser = fabric.setup(Objective(self.model, params.train, _gatherer(fabric)), optimiser)
+        optimisers = optimisers_of(self.model, params.train)
+        self.objective, *self.optimisers = fabric.setup(Objective(self.model, params.train, _gatherer(fabric)), *optimisers)
 
         self.step, self.history, self.seconds = 0, [], 0.0
-        self.best_score, self.best_step, self.fruitless = -math.inf, 0, 0
+        self.best_score, self.best_step, self.fruitless = -1.0, 0, 0
         self._window = []
         recipe = [params.model.model_dump(), recipe_of(params.train), self.data]
         modules = {"model": self.model, "average": self.average, "best": self.best}
-        self.store = Checkpoints(checkpoints, digest(recipe), modules, optimiser, fabric.is_global_zero)
+        self.store = Checkpoints(checkpoints, digest(recipe), modules, optimisers, fabric.is_global_zero)
         vars(self).update(self.store.resume() or {})
         self.good_step = self.step
         self._checkpointed = self._since = time.monotonic()
@@ -142,12 +142,13 @@ class Run:
     def update(self, batch):
         """One step of the optimiser."""
         train = self.params.train
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.step, train)
+        for group in [group for optimiser in self.optimisers for group in optimiser.param_groups]:
+            group["lr"] = group["initial_lr"] * schedule(self.step, train)
         terms = self.objective(*(torch.from_numpy(array).to(self.fabric.device) for array in astuple(batch)))
-        self.optimiser.zero_grad(set_to_none=True)
         self.fabric.backward(terms["loss"])
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         self.model.set_filter_norm(train.filter_norm)
         # early weights must not linger in the average: it starts short and grows to its full length
         keep = min(train.averaging, (1 + self.step) / (10 + self.step))
@@ -354,17 +355,32 @@ def split(lines, share):
     return [line for line in lines if line[0].key not in held_out], [line for line in lines if line[0].key in held_out]
 
 
-def learning_rate(step, train):
-    """The rate of a step: constant, or one cycle of two half cosines, up to the peak and down to nothing.
+def optimisers_of(model, train):
+    """The optimisers of a model's weights: Muon for matrices and Adam for biases, or Adam for all.
+
+    K. Jordan et al.: Muon, an optimizer for hidden layers in neural networks, 2024.
+    """
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2 and train.optimiser == "muon"]
+    others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
+    optimisers = [torch.optim.Adam(others, lr=train.learning_rate)]
+    if matrices:
+        optimisers.append(torch.optim.Muon(matrices, lr=train.muon_rate, weight_decay=0.0))
+    for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
+        group["initial_lr"] = group["lr"]
+    return optimisers
+
+
+def schedule(step, train):
+    """The share of its peak that the learning rate has: constant, or one cycle of two half cosines, up and down to nothing.
 
     L. Smith, N. Topin: Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates, 2018.
     """
     if train.schedule == "constant":
-        return train.learning_rate
+        return 1.0
     rise = max(1.0, train.warmup * train.steps)
     if step < rise:
-        return train.learning_rate * (0.04 + 0.96 * (1 - math.cos(math.pi * step / rise)) / 2)
-    return train.learning_rate * max(1e-4, (1 + math.cos(math.pi * (step - rise) / max(1.0, train.steps - rise))) / 2)
+        return (0.04 + 0.96 * (1 - math.cos(math.pi * step / rise)) / 2)
+    return max(1e-4, (1 + math.cos(math.pi * (step - rise) / max(1.0, train.steps - rise))) / 2)
 
 
 def recipe_of(train):

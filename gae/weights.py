@@ -120,8 +120,9 @@ def from_arrays(wx, wy, m1, b1, m2, b2):
     FormatError
         If the shapes don't fit together or a weight is NaN or infinite.
     """
+    n_factors, n_bins, context = wx.shape
     arrays = {
-        "filters_x": wx.transpose(0, 2, 1),
+        "filters_x": wx.transpose(0, 2, 1).reshape(n_factors, context * n_bins),
         "filters_y": wy,
         "map_1.weight": m1,
         "map_1.bias": b1,
@@ -129,7 +130,6 @@ def from_arrays(wx, wy, m1, b1, m2, b2):
         "map_2.bias": b2,
     }
     weights = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-    n_factors, context, n_bins = weights["filters_x"].shape
     try:
         sizes = params.Model(n_factors=n_factors, n_hidden=len(m1), n_maps=len(m2), context=context, input_scale=1.0)
         cqt = params.Cqt(sample_rate=22050, hop_length=448, fmin=65.4, n_bins=n_bins, bins_per_octave=24, compression="none")

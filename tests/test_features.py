@@ -17,6 +17,7 @@ ORIGIN = Origin(tiny.CQT, "music/Für Elise.flac", "b" * 64, "a" * 64)
 def by_the_formula(frames, model):
     """Frame by frame, filter by filter, in float64."""
     w = {name: array.astype(np.float64) for name, array in model.weights.items()}
+    w["filters_x"] = w["filters_x"].reshape(model.sizes.n_factors, model.sizes.context, -1)
     values = []
     for t in range(len(frames)):
         factors = np.zeros(model.sizes.n_factors)

@@ -105,7 +105,7 @@ def test_sizes_are_read_from_the_tensors(cgae, tmp_path):
         model = read_original(tmp_path / "model.save")
         assert (model.sizes.n_factors, model.sizes.n_hidden, model.sizes.n_maps, model.sizes.context) == (20, 11, 6, 5)
         assert model.cqt.n_bins == 48
-        assert np.array_equal(model.weights["filters_x"], network.conv_x.weight[:, 0].float().detach().numpy())
+        assert np.array_equal(model.weights["filters_x"], network.conv_x.weight[:, 0].flatten(1).float().detach().numpy())
         assert np.array_equal(model.weights["map_2.bias"], network.conv_m2.bias.float().detach().numpy())
 
 
@@ -114,7 +114,7 @@ def test_tensors_that_are_views(cgae, tmp_path):
     network = cgae.C_GAE(bins=48, factors=20)
     network.conv_x.weight.data = torch.randn(9, 48, 22)[:, :, 2:].permute(2, 0, 1)[:, None]
     torch.save(network, tmp_path / "model.save")
-    assert np.array_equal(read_original(tmp_path / "model.save").weights["filters_x"], network.conv_x.weight[:, 0].detach().numpy())
+    assert np.array_equal(read_original(tmp_path / "model.save").weights["filters_x"], network.conv_x.weight[:, 0].flatten(1).detach().numpy())
 
 
 def op(code, *parts):
@@ -161,7 +161,7 @@ def test_file_of_an_early_pytorch(tmp_path):
     (tmp_path / "model.save").write_bytes(row(module, list(arrays)) + numbers)
 
     model = read_original(tmp_path / "model.save")
-    assert np.array_equal(model.weights["filters_x"], arrays["conv_x.weight"][:, 0])
+    assert np.array_equal(model.weights["filters_x"], arrays["conv_x.weight"][:, 0].reshape(len(arrays["conv_x.weight"]), -1))
     assert np.array_equal(model.weights["filters_y"], arrays["conv_y.weight"][:, 0, 0])
     assert np.array_equal(model.weights["map_1.weight"], arrays["conv_m1.weight"][:, :, 0, 0])
     assert np.array_equal(model.weights["map_2.bias"], arrays["conv_m2.bias"])

@@ -15,7 +15,7 @@ def model(seed=0, cqt=CQT, sizes=SIZES):
     """A model with random weights."""
     rng = np.random.default_rng(seed)
     shapes = {
-        "filters_x": (sizes.n_factors, sizes.context, cqt.n_bins),
+        "filters_x": (sizes.n_factors, sizes.context * cqt.n_bins),
         "filters_y": (sizes.n_factors, cqt.n_bins),
         "map_1.weight": (sizes.n_hidden, sizes.n_factors),
         "map_1.bias": (sizes.n_hidden,),
