@@ -1,5 +1,6 @@
 """Audio files to mono samples. Every way in which a file can be broken has its error here."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,10 @@ from gae.errors import AudioError
 _CHUNK = 1 << 18  # samples decoded at a time, over all channels
 _RATES = (1_000, 768_000)  # sample rates believed of a file, in Hz
 _CHANNELS = 64
+_LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
+# libsndfile shortens wav and aiff files that are truncated without a word, but in its log
+_SHORTENED = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAMED = (1 << 31, 1 << 32)  # about what programs claim that can't know a length beforehand, in bytes
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,10 @@ def _open(path):
             f"{path}: claims {file.samplerate} Hz and {file.channels} channels; allowed: "
             f"{_RATES[0]} to {_RATES[1]} Hz, up to {_CHANNELS} channels"
         )
+    for claimed, there in _SHORTENED.findall(file.extra_info):
+        if int(there) < int(claimed) and all(abs(int(claimed) - unknown) > 1 << 16 for unknown in _STREAMED):
+            file.close()
+            raise AudioError(f"{path}: truncated, {there} of {claimed} bytes are there; copy it again")
     return file
 
 
@@ -124,8 +133,8 @@ def _decoded(file, path):
             yield chunk, len(read) == 0
         if len(read) == 0:
             break
-        if not np.isfinite(read).all():
-            raise AudioError(f"{path}: holds NaN or infinite samples near {total / file.samplerate:.1f} s; export it again")
+        if not (read.min(initial=0) > -_LOUDEST and read.max(initial=0) < _LOUDEST):  # NaN compares as false
+            raise AudioError(f"{path}: holds NaN, infinite or absurd samples near {total / file.samplerate:.1f} s; export it again")
         chunk = mono(read)
         total += len(read)
     if total == 0:

@@ -40,7 +40,7 @@ class Excerpts:
     ----------
     shards : gae.shards.Shards
     lines : list of list of Track
-        Those to draw from, each with its views.
+        Those to draw from, each with its views, and `long_enough`.
     context : int
         Frames of context.
     train : gae.params.Train
@@ -51,11 +51,7 @@ class Excerpts:
     def __init__(self, shards, lines, context, train, rank=0, world=1):
         self.shards, self.context, self.train = shards, context, train
         self.length = context + train.block
-        self.lines = [line for line in lines if _common_length(line) >= self.length]
-        if not self.lines:
-            raise TrainingError(
-                f"no track of the training list has {self.length} frames (train.block + model.context); list longer ones or lower train.block"
-            )
+        self.lines = lines
         if train.batch % world:
             raise TrainingError(f"train.batch ({train.batch}) must be a multiple of the number of processes ({world})")
         self.own = range(rank, train.batch, world)
@@ -74,7 +70,8 @@ class Excerpts:
 
     def batch(self, step):
         """The `Batch` of a step, this process's share of it."""
-        common = np.random.default_rng([self.train.seed, step])
+        # numbers from train.batch on are no excerpt's: what is drawn for all must not depend on one
+        common = np.random.default_rng([self.train.seed, step, self.train.batch])
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
         pairs = [self._pair(np.random.default_rng([self.train.seed, step, n]), shift) for n in self.own]
         return Batch(*(np.stack(arrays) for arrays in zip(*pairs, strict=True)))
@@ -124,6 +121,22 @@ def transpose(frames, shift):
     if abs(shift) < n_bins:
         moved[:, max(0, shift) : n_bins + min(0, shift)] = frames[:, max(0, -shift) : n_bins - max(0, shift)]
     return moved
+
+
+def long_enough(lines, n_frames):
+    """The lines that have `n_frames` frames, those of an excerpt.
+
+    Raises
+    ------
+    TrainingError
+        If there are none.
+    """
+    lines = [line for line in lines if _common_length(line) >= n_frames]
+    if not lines:
+        raise TrainingError(
+            f"no track of the training list has {n_frames} frames (train.block + model.context); list longer ones or lower train.block"
+        )
+    return lines
 
 
 def _common_length(line):

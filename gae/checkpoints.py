@@ -23,12 +23,12 @@ class Checkpoints:
     modules : dict of str to nn.Module
         What to save and restore.
     optimisers : list of torch.optim.Optimizer
-    writes : bool
-        Whether this process is the one that touches the folder; the others only read.
+    fabric : lightning_fabric.Fabric
+        Its first process alone touches the folder, and tells the others what was there.
     """
 
-    def __init__(self, folder, recipe, modules, optimisers, writes=True):
-        self.folder, self.modules, self.optimisers, self.writes = Path(folder), modules, optimisers, writes
+    def __init__(self, folder, recipe, modules, optimisers, fabric):
+        self.folder, self.modules, self.optimisers, self.fabric = Path(folder), modules, optimisers, fabric
         self.file = self.folder / f"{recipe[:32]}.safetensors"
 
     def resume(self):
@@ -39,13 +39,8 @@ class Checkpoints:
         dict or None
             The facts saved with it; None where there is none, or it can't be read.
         """
-        if self.writes:
-            self._clean()
-        try:
-            with safetensors.safe_open(self.file, "pt") as file:
-                facts = json.loads(file.metadata()["gae"])
-            tensors = load_file(self.file)
-        except (OSError, safetensors.SafetensorError):
+        facts, tensors = self.fabric.broadcast(self._read() if self.fabric.is_global_zero else None)
+        if facts is None:
             return None
         for name, module in self.modules.items():
             module.load_state_dict(_under(tensors, name))
@@ -55,7 +50,7 @@ class Checkpoints:
 
     def save(self, **facts):
         """Replace the last checkpoint by the present state, with JSON-able `facts`."""
-        if not self.writes:
+        if not self.fabric.is_global_zero:
             return
         tensors = {f"{name}.{key}": value for name, module in self.modules.items() for key, value in module.state_dict().items()}
         for number, optimiser in enumerate(self.optimisers):
@@ -69,12 +64,19 @@ class Checkpoints:
         """Remove the folder: the run has ended well."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _clean(self):
+    def _read(self):
+        """The facts and the tensors of the last checkpoint, if it can be read; stale ones go."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
         for stale in self.folder.glob("*.safetensors"):
             if stale != self.file:
                 stale.unlink()
+        try:
+            with safetensors.safe_open(self.file, "pt") as file:
+                facts = json.loads(file.metadata()["gae"])
+            return facts, load_file(self.file)
+        except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
+            return None, None
 
 
 def _restore(optimiser, tensors):

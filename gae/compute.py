@@ -6,6 +6,7 @@ small report. It runs unchanged in processes of this machine and on a Dask clust
 
 import multiprocessing
 import os
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def executor(compute):
         return
     # children read these when they import numpy: one thread each, as many processes as cores
     with _environment(dict.fromkeys(_THREADS, "1")):
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
         try:
             yield pool
         finally:
@@ -99,6 +100,16 @@ def _dask_client(compute, workers):
         cluster = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
     with cluster, distributed.Client(cluster) as client:
         yield client
+
+
+def _end_with_parent():
+    """Watch for the parent's death: a worker whose parent was killed would wait for work for ever."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _at(folder, function, item, *arguments):

@@ -91,13 +91,16 @@ def convert_file(path, out, model=None, dtype="float32"):
         If the model can't be read, or `out` has another suffix.
     """
     check_suffix(out)
-    model = _model(model)
-    with analyse(_watched(path, model.cqt.sample_rate), model.cqt) as analysis:
+    model, name = _model(model), Path(path).name
+    cqt, rate = model.cqt, model.cqt.sample_rate
+    with analyse(_watched(audio.blocks(path, rate), 1 / rate, audio.claimed_seconds(path), name), cqt) as analysis:
         if not analysis.n_frames:
             raise AudioError(f"{path}: too short to hold a frame; record or export it again")
-        origin = Origin(model.cqt, str(path), content_hash(path), model.sha256)
-        shape = (analysis.n_frames, model.sizes.n_maps)
-        write(out, extract_blocks(analysis.blocks(), model), shape, origin, dtype)
+        values = _watched(
+            extract_blocks(analysis.blocks(), model), cqt.frame_seconds, analysis.n_frames * cqt.frame_seconds, f"{name}, features"
+        )
+        origin = Origin(cqt, str(path), content_hash(path), model.sha256)
+        write(out, values, (analysis.n_frames, model.sizes.n_maps), origin, dtype)
     return analysis.n_frames
 
 
@@ -230,12 +233,14 @@ def _mono(samples, sample_rate):
     return mono
 
 
-def _watched(path, sample_rate):
-    """The blocks of an audio file, with a bar once it has taken 2 s."""
-    with tqdm(total=round(audio.claimed_seconds(path)), desc=Path(path).name, unit="s", delay=2, mininterval=0.5) as bar:
-        for block in audio.blocks(path, sample_rate):
+def _watched(blocks, seconds, total, label):
+    """Pass blocks of so many seconds a row on, with a bar of the music's time once it has taken 2 s."""
+    rows = 0
+    with tqdm(total=round(total), desc=label, unit="s", delay=2, mininterval=0.5) as bar:
+        for block in blocks:
             yield block
-            bar.update(len(block) / sample_rate)
+            rows += len(block)
+            bar.update(int(rows * seconds) - bar.n)
 
 
 def _read_index(file):

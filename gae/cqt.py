@@ -12,6 +12,7 @@ import librosa
 import numpy as np
 
 _PIECE = 8192  # frames transformed at a time
+_DUST = 1e-6  # of the largest magnitude: a frame without more holds rounding errors that sound before or after it left
 _ALIGN = 64  # pieces overlap by a multiple of this, so that every octave's decimation starts on the same samples
 
 
@@ -73,7 +74,7 @@ def analyse(sample_blocks, cqt):
             for start in range(0, n_frames, _PIECE):
                 count = min(_PIECE, n_frames - start) * cqt.n_bins
                 piece = np.fromfile(spool, dtype=np.float32, count=count).reshape(-1, cqt.n_bins)
-                yield standardise(compress(piece, peak, cqt))
+                yield standardise(compress(_silence(piece, peak), peak, cqt))
 
         yield Analysis(n_frames, peak, blocks)
 
@@ -109,7 +110,7 @@ def compress(magnitudes, peak, cqt):
     """log(1 + gain c / peak) of magnitudes (n_frames, n_bins), or the magnitudes as they are."""
     if cqt.compression == "none" or peak <= 0:
         return magnitudes
-    return np.log1p(magnitudes * np.float32(cqt.gain / peak))
+    return np.log1p(np.float32(cqt.gain) * (magnitudes / np.float32(peak)))
 
 
 def standardise(frames):
@@ -125,6 +126,11 @@ def standardise(frames):
 def frame_times(n_frames, cqt):
     """Centres of the first `n_frames` frames in s: float64, shape (n_frames,)."""
     return np.arange(n_frames) * cqt.frame_seconds
+
+
+def _silence(magnitudes, peak):
+    """Frames with nothing but dust to zero: standardising would blow it up."""
+    return np.where(magnitudes.max(axis=1, keepdims=True) > _DUST * peak, magnitudes, np.float32(0))
 
 
 def _margin(cqt):

@@ -34,7 +34,7 @@ TOLERANCES = {"50ms": 0.05, "100ms": 0.1, "250ms": 0.25}
 _EXCERPT = 512  # frames rebuilt with one transposition
 
 
-def evaluate(params, corpus, model, training, out):
+def evaluate(params, corpus, model, out, metrics):
     """Measure features on the held-out pieces of the built-in corpus, write the figures and print them as a table.
 
     Parameters
@@ -45,8 +45,6 @@ def evaluate(params, corpus, model, training, out):
         Folder of `gae.corpus`.
     model : Path
         The model file to judge; its own CQT parameters are used throughout.
-    training : Path or None
-        Figures of the training, taken over under "training".
     out : Path
         JSON. All figures are in percent, but for the speeds; each is a mean over the pieces and stands with its standard
         error, named `<figure>_se`, by bootstrap over the pieces:
@@ -60,6 +58,8 @@ def evaluate(params, corpus, model, training, out):
             Squared error, relative to the signal's power, of transposed frames rebuilt from the mapping of the untransposed.
         speed.conversion_times_real_time
             Seconds of audio that become features in a second, in one process, from the file on.
+    metrics : Path
+        JSON. The few of them by which runs are compared.
 
     Raises
     ------
@@ -80,9 +80,8 @@ def evaluate(params, corpus, model, training, out):
         "reconstruction": _figure("relative_error", [report["reconstruction"] for report in reports], settings),
         "speed": {"conversion_times_real_time": _conversion_speed(pieces, corpus, loaded)},
     }
-    if training is not None:
-        figures["training"] = read_json(training)
     write_json(out, figures)
+    write_json(metrics, headline(figures))
     print(table(figures))
 
 
@@ -95,6 +94,8 @@ def heldout_pieces(corpus):
         raise FormatError(f"{index}: missing or damaged; run `dvc repro corpus`") from None
     if not pieces:
         raise FormatError(f"{index}: holds no held-out piece; raise corpus.heldout and run `dvc repro corpus`")
+    if not any(piece["beats"]["score"] for piece in pieces):
+        raise FormatError(f"{index}: no held-out piece has beats to align by; raise corpus.heldout and run `dvc repro corpus`")
     return pieces
 
 
@@ -173,6 +174,17 @@ def reconstruction_error(frames, network, shift, rng):
         error += float((rebuilt - target).square().sum())
         power += float(target.square().sum())
     return error / power if power else 0.0
+
+
+def headline(figures):
+    """What `dvc metrics` shows of the figures that `evaluate` writes: the model's next to plain chroma's, in percent, and speed."""
+    rows = {}
+    for kind in ("gae", "chroma"):
+        found, aligned = figures["invariance"][kind], figures["alignment"][kind]["transposed"]
+        rows[kind] = {"top1": found["top1"], "top1_stacked": found["top1_stacked"], "beats_100ms": aligned["100ms"]}
+    rows["reconstruction_error"] = figures["reconstruction"]["relative_error"]
+    rows["times_real_time"] = figures["speed"]["conversion_times_real_time"]
+    return rows
 
 
 def table(figures):

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +71,16 @@ def _columns(text):
         return []
     columns = [column.strip() for column in text.split("\t")]
     for n, column in enumerate(columns):
-        # "Sonata in C # minor.wav" is a name if such a file exists, and else a name with a comment
-        if column.startswith("#") or (" #" in column and not os.path.exists(column)):
-            columns = [*columns[:n], column[: column.index("#")].strip()]
+        if (name := _uncommented(column)) != column:
+            columns = [*columns[:n], name]
             break
     return [column for column in columns if column]
+
+
+def _uncommented(column):
+    """A column without its comment: "Sonata in C # minor.wav" is a name if such a file exists, and else a name with a comment."""
+    cuts = [column[: mark.start()].rstrip() for mark in re.finditer(r"(^|\s)#", column)]
+    return next((name for name in [column, *reversed(cuts)] if os.path.exists(os.path.expanduser(name))), cuts[0] if cuts else column)
 
 
 def _files(pattern, where):
@@ -90,4 +96,7 @@ def _files(pattern, where):
     if not found:
         kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
         raise ListError(f"{where}: {kind} {pattern}; correct the path or take the line out")
+    for path in found:
+        if path.encode(errors="ignore").decode().splitlines() != [path]:
+            raise ListError(f"{where}: {path!a} has a name that can't be written as a line of UTF-8 text; rename it")
     return found

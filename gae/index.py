@@ -11,8 +11,8 @@ from gae import audio
 from gae.commandline import warn
 from gae.compute import map_tracks
 from gae.errors import AudioError, ListError
-from gae.files import content_hash, read_json, write_json
 from gae.filelists import read_list
+from gae.files import content_hash, read_json, write_json
 
 _VERSION = 1
 
@@ -69,11 +69,7 @@ def index(params, out, remembered):
 
 def _look(paths, remembered, compute):
     """What each file holds, opening only those that changed: {path: {size, mtime, sha256, samples, ... or error}}."""
-    try:
-        before = read_json(remembered)
-        known = before["files"] if before["version"] == _VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
+    known = _recall(remembered)
     stamps = {path: _stamp(path) for path in paths}
     fresh = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
     examined = dict(zip(fresh, map_tracks(examine, fresh, compute, "index"), strict=True))
@@ -98,6 +94,16 @@ def examine(path):
     except OSError as error:
         return {"sha256": "", "bytes": 0, "error": f"{path}: {error.strerror}; check its permissions"}
     return {**finding, "samples": info.n_samples, "sample_rate": info.sample_rate, "channels": info.channels}
+
+
+def _recall(remembered):
+    """What was found at earlier runs, as far as it can be read."""
+    try:
+        before = read_json(remembered)
+        files = before["files"].items() if before["version"] == _VERSION else ()
+        return {path: found for path, found in files if "error" in found or {"samples", "sample_rate", "channels"} <= found.keys()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _problem(path, finding, cqt):

@@ -3,6 +3,8 @@
 `load` validates the file as a whole, so that a mistake shows before any work is done.
 """
 
+import re
+import reprlib
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -10,6 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gae.errors import ParamsError
+
+_SHORT = reprlib.Repr()  # of a value in a message: anything may be in the file
+_SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
 
 class Section(BaseModel):
@@ -25,7 +30,7 @@ class Corpus(Section):
     views: int = Field(3, ge=2, le=8, description="sounds in which a training piece is rendered")
     view_transposition: int = Field(6, ge=0, le=12, description="views but the first are transposed by up to this, in semitones")
     heldout: int = Field(12, ge=2, le=200, description="pieces held out for evaluation")
-    seed: int = Field(1, ge=0, description="seed of the choice of pieces, sounds, tempi and transpositions")
+    seed: int = Field(1, ge=0, lt=2**32, description="seed of the choice of pieces, sounds, tempi and transpositions")
 
 
 class Data(Section):
@@ -43,7 +48,7 @@ class Cqt(Section):
 
     sample_rate: int = Field(22050, ge=1000, le=192000, description="rate to which audio is resampled, in Hz")
     hop_length: int = Field(448, ge=16, le=65536, description="time between frames, in samples")
-    fmin: float = Field(65.4, gt=0, description="frequency of the lowest bin, in Hz")
+    fmin: float = Field(65.4, ge=1, description="frequency of the lowest bin, in Hz")
     n_bins: int = Field(120, ge=2, le=2000, description="number of bins")
     bins_per_octave: int = Field(24, ge=1, le=240, description="bins an octave")
     compression: Literal["log", "none"] = Field("log", description="magnitudes before standardising: log(1 + gain c / max c), or as they are")
@@ -56,7 +61,7 @@ class Cqt(Section):
 
     @model_validator(mode="after")
     def _below_nyquist(self):
-        top = self.fmin * 2 ** (self.n_bins / self.bins_per_octave)
+        top = self.fmin * 2 ** min(64, self.n_bins / self.bins_per_octave)
         if top >= self.sample_rate / 2:
             raise ValueError(
                 f"cqt.fmin: {self.fmin:g} Hz with {self.n_bins} bins, {self.bins_per_octave} an octave, reaches {top:.0f} Hz; "
@@ -112,7 +117,16 @@ class Train(Section):
     devices: int = Field(1, ge=1, le=1024, description="processes or GPUs on each host")
     nodes: int = Field(1, ge=1, le=1024, description="hosts")
     checkpoint_seconds: float = Field(30.0, ge=0, le=60, description="time between checkpoints, in s: at most this much work is lost")
-    seed: int = Field(1, ge=0, description="seed of weights, excerpts, shifts and dropout")
+    seed: int = Field(1, ge=0, lt=2**32, description="seed of weights, excerpts, shifts and dropout")
+
+    @model_validator(mode="after")
+    def _batch_divides(self):
+        if self.batch % (self.devices * self.nodes):
+            raise ValueError(
+                f"train.batch: got {self.batch}, allowed: a multiple of train.devices x train.nodes ({self.devices * self.nodes}), "
+                "to give each process as many excerpts"
+            )
+        return self
 
 
 class Convert(Section):
@@ -129,7 +143,7 @@ class Evaluate(Section):
     stack: int = Field(8, ge=1, le=1000, description="successive frames in the stacked comparison")
     alignment_hop: float = Field(0.04, gt=0, le=1, description="time between the frames of an alignment, in s")
     bootstrap: int = Field(1000, ge=2, le=100_000, description="resamplings of the tracks for the errors of estimation")
-    seed: int = Field(1, ge=0, description="seed of the random frames and resamplings")
+    seed: int = Field(1, ge=0, lt=2**32, description="seed of the random frames and resamplings")
 
 
 class Plot(Section):
@@ -188,11 +202,13 @@ def load(path="params.yaml", overrides=()):
         With one line: the dotted key, what is wrong and what is allowed.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
+        text = Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
         raise ParamsError(f"{path}: no such file; run from the root of the repository or name it with --params") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ParamsError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    except UnicodeDecodeError:
+        raise ParamsError(f"{path}: not UTF-8 text; save it as such") from None
+    values = _parse(text, path)
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: must hold sections ({', '.join(Params.model_fields)}), not a {type(values).__name__}")
     for override in overrides:
@@ -219,6 +235,20 @@ def describe(keys):
     return "\n".join(lines)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as DVC writes it, of version 1.2: there 1e-5 is a number, for PyYAML alone it is a text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _parse(text, where):
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML raises whatever its constructors run into
+        raise ParamsError(f"{where}: not valid YAML: {_one_line(error)}") from None
+
+
 def _with_sections(values):
     """An empty section, as YAML reads a title without keys, has all its defaults."""
     return {section: {} if keys is None and section in Params.model_fields else keys for section, keys in values.items()}
@@ -229,20 +259,21 @@ def _override(values, override):
     section, dot, name = key.partition(".")
     if not (equals and dot and name):
         raise ParamsError(f"--set {override}: write it as section.key=value")
-    if not isinstance(values.setdefault(section, {}), dict):
+    if values.get(section) is None:
         values[section] = {}
-    values[section][name] = yaml.safe_load(value)
+    if isinstance(values[section], dict):  # if not, validation says so
+        values[section][name] = _parse(value, f"--set {override}")
 
 
 def _explain(error):
     """One line for one of pydantic's errors: dotted key, what is wrong, what is allowed."""
-    key = ".".join(str(part) for part in error["loc"])
+    key = _one_line(".".join(str(part) for part in error["loc"]))
     kind, given = error["type"], error["input"]
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         return f"{key}: unknown key; allowed: {', '.join(_siblings(error['loc']))}"
     if kind == "value_error":
         return str(error["ctx"]["error"])  # checks over several keys name theirs
-    return f"{key}: got {given!r}, allowed: {_allowed(error['loc'])}"
+    return f"{key}: got {_SHORT.repr(given)}, allowed: {_allowed(error['loc'])}"
 
 
 def _siblings(loc):

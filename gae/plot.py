@@ -52,8 +52,8 @@ _COLOURS = {"gae": _ACCENT, "cqt_shifted_back": "#31688e", "cqt": "#9fbfd6", "ch
 _MAGNITUDE, _SIGNED = "magma", "RdBu_r"
 _INTERVAL = 5  # semitones by which the pictures of a reconstruction are transposed
 _MATRIX = 900  # rows of a self-similarity matrix, at most
-_BLOCK = 1 << 15  # frames of features read at a time
 _DIAGONAL = 8  # successive pooled frames compared at a time in it
+_BLOCK = 1 << 15  # frames of features read at a time
 _COLUMNS = 16  # filters beside each other
 
 
@@ -170,9 +170,10 @@ def draw_filters_x(network, cqt, path, plot, suffix=""):
     apart = np.pad(filters, ((0, 0), (0, 1 + context // 8), (0, 0)), constant_values=np.nan)
     label = f"time, for each filter the {context * cqt.frame_seconds * 1000:.0f} ms before the frame"
     with _picture(path, plot, _filters_height(filters)) as figure:
-        column = _filter_rows(figure, cqt, filters, f"Filters of the context{suffix}", label)
+        column = _filter_rows(figure, cqt, filters, f"Filters of the context, by their weight in the mapping{suffix}", label)
         for axes, row in zip(column, _filter_groups(apart), strict=True):
             image = _show_pitch(axes, row.reshape(-1, cqt.n_bins), cqt, (0, len(row)), (-limit, limit), _SIGNED)
+            image.set_interpolation("nearest")
         _scale(figure, image, column, "weight")
 
 
@@ -181,14 +182,13 @@ def draw_filters_y(network, cqt, path, plot, suffix=""):
     filters = network.weights["filters_y"][_order(network)[: plot.filters]]
     limit = float(np.abs(filters).max()) or 1
     pitch = np.arange(cqt.n_bins)
+    label = f"weight, for each filter from −{limit:.2g} to {limit:.2g}"
     with _picture(path, plot, _filters_height(filters)) as figure:
-        column = _filter_rows(
-            figure, cqt, filters, f"Filters of the frame{suffix}", f"weight, for each filter from −{limit:.2g} to {limit:.2g}"
-        )
+        column = _filter_rows(figure, cqt, filters, f"Filters of the frame, by their weight in the mapping{suffix}", label)
         for axes, row in zip(column, _filter_groups(filters), strict=True):
-            for middle, weights in enumerate(row / limit / 2, start=1):
+            for n, weights in enumerate(row / limit / 2):
                 for sign, colour in ((1, _ACCENT), (-1, _COLOURS["cqt_shifted_back"])):
-                    axes.fill_betweenx(pitch, middle, middle + sign * np.maximum(0, sign * weights), color=colour, linewidth=0)
+                    axes.fill_betweenx(pitch, n + 0.5, n + 0.5 + sign * np.maximum(0, sign * weights), color=colour, linewidth=0)
 
 
 def draw_histograms(network, frames, mapping, rebuilt, path, plot, suffix=""):
@@ -300,7 +300,7 @@ def draw_track(file, folder, plot):
 def self_similarity(values):
     """Cosine similarity of every passage with every other: (n, d) to (n, n).
 
-    Passages are stacks of eight successive frames, less their mean over the track, so that lines stand for sequences.
+    A passage is eight successive frames, less their mean over the track: a line beside the diagonal is a repetition.
     """
     centred = unit(values - values.mean(axis=0))
     padded = np.concatenate([centred, np.repeat(centred[-1:], _DIAGONAL - 1, axis=0)])
@@ -385,9 +385,9 @@ def _filter_rows(figure, cqt, filters, title, label):
     column = figure.subplots(len(_filter_groups(filters)), sharex=True, squeeze=False)[:, 0]
     for axes in column:
         _pitch_axis(axes, cqt)
-        axes.set(xticks=[], ylim=(-0.5, cqt.n_bins - 0.5))
+        axes.set(xticks=[], xlim=(0, min(_COLUMNS, len(filters))), ylim=(-0.5, cqt.n_bins - 0.5))
         axes.spines["bottom"].set_visible(False)
-    column[0].set_title(f"{title}, by their weight in the mapping")
+    column[0].set_title(title)
     column[-1].set_xlabel(label)
     return column
 
@@ -401,7 +401,7 @@ def _filters_height(filters):
 
 
 def _histogram(axes, values, title, label, limits):
-    axes.hist(np.ravel(values), bins=80, range=limits, color=_ACCENT, density=True, log=True)
+    axes.hist(np.ravel(values), bins=80, range=limits, color=_ACCENT, density=True, log=True, histtype="stepfilled")
     axes.set(title=title, xlabel=label, xlim=limits)
     axes.set_ylabel("density" if axes.get_subplotspec().is_first_col() else "")
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -71,7 +71,7 @@ class Shards:
                 raise FormatError(f"{file}: made with other cqt parameters than its neighbours; {_REMEDY}")
             self.cqt = cqt
             self.tracks.update(tracks)
-        self.lines = [[self._track(view["key"]) for view in line] for line in self._index()]
+        self.lines = [[self._track(key) for key in line] for line in self._index()]
 
     def read(self, key, start=0, stop=None):
         """Frames `start` to `stop` of a track: float32, shape (stop - start, n_bins)."""
@@ -106,7 +106,7 @@ class Shards:
 
     def _index(self):
         try:
-            return read_json(self.folder / "index.json")["lines"]
+            return [[view["key"] for view in line] for line in read_json(self.folder / "index.json")["lines"]]
         except (OSError, ValueError, KeyError, TypeError):
             raise FormatError(f"{self.folder / 'index.json'}: missing or damaged; run `dvc repro preprocess`") from None
 
@@ -223,7 +223,7 @@ def write_folder(folder, lines, sources, cqt, shard_bytes):
         Shards are halved until their average is below this.
     """
     folder = Path(folder)
-    paths = dict(sorted((key, path) for line in reversed(lines) for key, path in reversed(line)))
+    paths = dict(sorted(track for line in lines for track in line))
     shards = {file: read_shard(file)[1] for file in {sources[key] for key in paths}}
     tracks = {key: replace(shards[sources[key]][key], path=path) for key, path in paths.items()}
     plan = _plan(tracks, shard_bytes, cqt)

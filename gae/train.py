@@ -5,9 +5,11 @@ the step alone (`gae.batches`), so weights, optimiser state and the number of th
 """
 
 import copy
+import logging
 import math
 import shutil
 import time
+import warnings
 from dataclasses import astuple
 from pathlib import Path
 
@@ -15,11 +17,12 @@ import numpy as np
 import torch
 from dvclive import Live
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from tqdm import tqdm
 
 from gae import plot
-from gae.batches import Excerpts, transpose
+from gae.batches import Excerpts, long_enough, transpose
 from gae.checkpoints import Checkpoints
 from gae.errors import TrainingError
 from gae.files import digest, read_json, write_json
@@ -70,9 +73,9 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
                 run.validate()
             if view:
                 view.update(run)
-            run.checkpoint()
             if run.ended:
                 break
+            run.checkpoint()
         if fabric.is_global_zero:
             view.close()
             run.write(model_path, run.best)
@@ -84,13 +87,17 @@ def launch(train):
     """The `Fabric` that the parameters ask for, its processes started."""
     torch.set_float32_matmul_precision("high")
     world = train.devices * train.nodes
-    fabric = Fabric(
-        accelerator=train.accelerator,
-        devices=train.devices,
-        num_nodes=train.nodes,
-        strategy="ddp" if world > 1 else "auto",
-        precision="bf16-mixed" if train.precision == "bf16" else "32-true",
-    )
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    try:
+        fabric = Fabric(
+            accelerator=train.accelerator,
+            devices=train.devices,
+            num_nodes=train.nodes,
+            strategy="ddp" if world > 1 else "auto",
+            precision="bf16-mixed" if train.precision == "bf16" else "32-true",
+        )
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        raise TrainingError(f"train.accelerator {train.accelerator}, train.devices {train.devices}: {' '.join(str(error).split())}") from None
     fabric.launch()
     return fabric
 
@@ -110,8 +117,10 @@ class Run:
 
     def __init__(self, fabric, params, shards, checkpoints):
         self.fabric, self.params, self.shards = fabric, params, shards
-        self.data = digest(read_json(shards.folder / "index.json"))
-        lines, held_out = split(shards.lines, params.train.validation)
+        dtypes = sorted({track.dtype for track in shards.tracks.values()})
+        self.data = digest([read_json(shards.folder / "index.json"), shards.cqt.model_dump(), dtypes])
+        usable = long_enough(shards.lines, params.model.context + params.train.block)
+        lines, held_out = split(usable, params.train.validation)
         self.excerpts = Excerpts(shards, lines, params.model.context, params.train, fabric.global_rank, fabric.world_size)
         self.validation = Validation(shards, held_out, params.model.context, params.train.seed)
 
@@ -128,8 +137,9 @@ class Run:
         self._window = []
         recipe = [params.model.model_dump(), recipe_of(params.train), self.data]
         modules = {"model": self.model, "average": self.average, "best": self.best}
-        self.store = Checkpoints(checkpoints, digest(recipe), modules, optimisers, fabric.is_global_zero)
+        self.store = Checkpoints(checkpoints, digest(recipe), modules, optimisers, fabric)
         vars(self).update(self.store.resume() or {})
+        self.good.load_state_dict(self.average.state_dict())
         self.good_step = self.step
         self._checkpointed = self._since = time.monotonic()
 
@@ -235,8 +245,9 @@ class View:
         row = run.history[-1]
         self._log(row)
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "step"}, refresh=False)
+        due = run.step // run.params.plot.interval > self.bar.n // run.params.plot.interval
         self.bar.update(run.step - self.bar.n)
-        if run.step % run.params.plot.interval == 0 or run.ended:
+        if due or run.ended:
             plot.draw_network(run.average, run.shards.cqt, self.frames, self.drawings, run.step)
 
     def close(self):
@@ -287,7 +298,8 @@ class Objective(nn.Module):
         else:
             m2 = model.relate(factors_2, model.y_factors(y2))
             error = (model.rebuild(m2, factors_1) - y1).square().sum() + (model.rebuild(m1, factors_2) - y2).square().sum()
-            terms = {"reconstruction": error / (y1.square().sum() + y2.square().sum()).clamp_min(1e-6)}
+            power = self.gather(y1.square().sum() + y2.square().sum()).mean()  # of all processes, as their losses are averaged
+            terms = {"reconstruction": error / power.clamp_min(1e-6)}
             if settings.contrast:
                 terms["contrast"] = contrast(self._contrasted(m1), self._contrasted(m2), settings.temperature)
         if settings.sparsity:
@@ -346,13 +358,14 @@ class Validation:
 def split(lines, share):
     """Divide lines into (those to train on, those to validate on), by their content, whatever their order.
 
-    Fewer than five lines are all trained on.
+    Fewer than five lines are all trained on. A line that shares a track with those to validate on is left out.
     """
     count = round(share * len(lines)) if share and len(lines) < 20 else math.floor(share * len(lines))
     if count == 0 or len(lines) < 5:
         return lines, []
-    held_out = {line[0].key for line in sorted(lines, key=lambda line: digest(line[0].key))[:count]}
-    return [line for line in lines if line[0].key not in held_out], [line for line in lines if line[0].key in held_out]
+    held_out = sorted(lines, key=lambda line: digest(line[0].key))[:count]
+    keys = {track.key for line in held_out for track in line}
+    return [line for line in lines if keys.isdisjoint(track.key for track in line)], held_out
 
 
 def optimisers_of(model, train):
@@ -391,4 +404,5 @@ def recipe_of(train):
 def _gatherer(fabric):
     if fabric.world_size == 1:
         return lambda tensor: tensor
+    warnings.filterwarnings("ignore", ".*all_gather is deprecated")  # Fabric's to mend
     return lambda tensor: fabric.all_gather(tensor, sync_grads=True)

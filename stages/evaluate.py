@@ -10,7 +10,7 @@ if __name__ == "__main__":
         reads=["evaluate", "train.shift", "compute"],
         corpus="data/corpus",
         model="models/gae.safetensors",
-        training="models/metrics.json",
-        out="metrics.json",
+        out="evaluation.json",
+        metrics="metrics.json",
     ) as (params, paths):
-        evaluate(params, paths.corpus, paths.model, paths.training, paths.out)
+        evaluate(params, paths.corpus, paths.model, paths.out, paths.metrics)

@@ -13,7 +13,7 @@ if __name__ == "__main__":
         model="models/gae.safetensors",
         tracks="features",
         training="plots/training",
-        metrics="metrics.json",
+        metrics="evaluation.json",
         figures="plots/figures",
     ) as (params, paths):
         draw(params, **vars(paths))

@@ -17,7 +17,7 @@ RATE = corpus.SAMPLE_RATE
 @pytest.fixture(scope="module")
 def few_pieces():
     """Short pieces of several kinds, so that the tests need not play a symphony."""
-    kinds = {"chorale": 12, "tune": 4, "trio": 2, "mass": 3}
+    kinds = {"chorale": 8, "tune": 4}
     pieces = corpus.catalogue()
     return [piece for kind, count in kinds.items() for piece in [p for p in pieces if p.kind == kind][:count]]
 
@@ -59,7 +59,7 @@ def pitch_of(samples, near):
 
 def pitches_of(samples, performance, near):
     """The pitch of each of successive notes."""
-    starts = ((performance.onsets + 0.2) * RATE).astype(int)
+    starts = ((performance.onsets + 0.4) * RATE).astype(int)
     return np.array([pitch_of(samples[start : start + int(0.4 * RATE)], pitch) for start, pitch in zip(starts, near, strict=True)])
 
 
@@ -69,7 +69,7 @@ def test_every_sound_plays_the_notes_that_are_written(family):
         lowest, highest = corpus.COMPASSES.get(program, corpus.COMPASS)
         written = [pitch for pitch in (45, 52, 57, 62, 69, 71, 76, 84, 90) if lowest <= pitch <= highest]
         notes = score_of(written)
-        played = corpus.perform(notes, 75, corpus.STEADY, np.random.default_rng(0))
+        played = corpus.perform(notes, 60, corpus.STEADY, np.random.default_rng(0))
         samples = corpus.synthesise(notes, corpus.Take(played, (program,), 0), played.duration)
         away = pitches_of(samples, played, written) - written
         if family == "organ":  # stops of 16 feet
@@ -79,7 +79,7 @@ def test_every_sound_plays_the_notes_that_are_written(family):
 
 def test_a_transposed_take_is_transposed():
     notes = score_of([57, 64, 60, 69])
-    played = corpus.perform(notes, 75, corpus.STEADY, np.random.default_rng(0))
+    played = corpus.perform(notes, 60, corpus.STEADY, np.random.default_rng(0))
     for k in (-6, -1, 4):
         samples = corpus.synthesise(notes, corpus.Take(played, (0,), k), played.duration)
         assert np.round(pitches_of(samples, played, notes["pitch"])).tolist() == (notes["pitch"] + k).tolist()
@@ -234,7 +234,7 @@ def test_more_music_than_there_is(few_pieces, tmp_path):
     one = [piece for piece in few_pieces if piece.kind == "chorale"][:3]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ParamsError, match=r"lower corpus\.hours"):
         patch.setattr(corpus, "catalogue", lambda: one)
-        corpus.render_corpus(tmp_path, SMALL, COMPUTE)
+        corpus.render_corpus(tmp_path, SMALL, params.Compute(workers=1))
 
 
 def test_harmonisations_of_one_melody_are_alike():
@@ -252,7 +252,8 @@ def test_pieces_have_names_of_their_own():
 
 def test_the_default_hour_is_diverse():
     pieces = corpus.catalogue()
-    for candidates in (corpus._heldout_candidates(pieces, 1)[:12], corpus._training_candidates(pieces, 1)[:40]):
-        assert len({piece.kind for piece, _ in candidates}) >= 8
+    heldout = [piece for piece, _ in corpus._heldout_candidates(pieces, 1)[:12]]
+    for chosen in (heldout, corpus._training_candidates(pieces, 1)[:40]):
+        assert len({piece.kind for piece in chosen}) >= 8
     families = [corpus.draw_families(3, np.random.default_rng(seed)) for seed in range(40)]
     assert all(len(set(drawn)) == 3 for drawn in families) and len({name for drawn in families for name in drawn}) >= 8

@@ -60,7 +60,7 @@ def run(tmp_path):
     piece.mkdir(parents=True)
     for take, frequency in (("original", 440), ("transposed", 660)):
         soundfile.write(piece / f"{take}.flac", tiny.tone(3, 8000, frequency), 8000)
-    entry = {"id": "a", "split": "heldout", "k": 7}
+    entry = {"id": "a", "split": "heldout", "k": 7, "beats": {"score": [0.5], "performance": [0.5]}}
     (tmp_path / "corpus" / "corpus.json").write_text(json.dumps({"pieces": [entry]}))
     frames, key = tiny.frames(300), "0" * 64
     with writing(tmp_path / "track.h5", tiny.CQT) as shard:

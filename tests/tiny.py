@@ -1,7 +1,11 @@
 """Small models, frames and sounds made on the fly."""
 
+import hashlib
+import shutil
+
 import numpy as np
 
+from gae import shards
 from gae.cqt import standardise
 from gae.modelfile import Model
 from gae.params import Cqt
@@ -34,3 +38,33 @@ def tone(seconds, sample_rate, frequency=440.0):
     """A decaying tone that starts again every half second: float32 (n,)."""
     times = np.arange(round(seconds * sample_rate)) / sample_rate
     return (0.4 * np.sin(2 * np.pi * frequency * times) * np.exp(-3 * (times % 0.5))).astype(np.float32)
+
+
+def music(n_frames, seed=0, n_bins=CQT.n_bins):
+    """Frames of tunes in two voices: notes of a few partials that last some frames."""
+    rng = np.random.default_rng(seed)
+    magnitudes = np.zeros((n_frames, n_bins), np.float32)
+    for _ in range(2):
+        start = 0
+        while start < n_frames:
+            length, note = rng.integers(3, 9), rng.integers(n_bins - 12)
+            fading = np.exp(-0.2 * np.arange(length))[: n_frames - start]
+            for partial, strength in ((0, 1.0), (12, 0.5), (19, 0.3)):
+                if note + partial < n_bins:
+                    magnitudes[start : start + length, note + partial] += strength * fading
+            start += length
+    return standardise(magnitudes + 0.01 * rng.random((n_frames, n_bins), dtype=np.float32))
+
+
+def write_shards(folder, lines, cqt=CQT, dtype="float32", shard_bytes=1 << 30):
+    """A folder of shards from lines of views, each an array of frames; returns the keys, line by line."""
+    keyed = [[(hashlib.sha256(frames.tobytes()).hexdigest()[:32], frames) for frames in line] for line in lines]
+    place = folder.with_name(folder.name + "-staging")
+    for key, frames in {key: frames for line in keyed for key, frames in line}.items():
+        with shards.writing(place / f"{key}.h5", cqt) as shard:
+            facts = {"path": f"{key[:6]}.wav", "duration": len(frames) * cqt.frame_seconds, "peak": 1.0}
+            shards.add_track(shard, key, [frames[:100], frames[100:]], cqt.n_bins, dtype, **facts)
+    names = [[(key, f"{key[:6]}.wav") for key, _ in line] for line in keyed]
+    shards.write_folder(folder, names, {key: place / f"{key}.h5" for line in names for key, _ in line}, cqt, shard_bytes)
+    shutil.rmtree(place)
+    return [[key for key, _ in line] for line in keyed]
