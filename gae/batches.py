@@ -24,7 +24,8 @@ class Batch:
     ----------
     x1, x2 : ndarray of float32, shape (n_excerpts, block + context - 1, n_bins)
         Context with dropout.
-    y1, y2 : ndarray of float32, shape (n_excerpts, block, n_bins)
+    y1, y2 : ndarray of float32, shape (n_excerpts, ceil(block / stride), n_bins)
+        Every `stride`-th frame of the block: y[i] goes with x[i * stride : i * stride + context].
     """
 
     x1: np.ndarray
@@ -96,10 +97,12 @@ class Excerpts:
         return *self._split(side_1, mask_1), *self._split(side_2, mask_2)
 
     def _split(self, frames, mask):
-        return frames[:-1] * mask, frames[self.context :]
+        return frames[:-1] * mask if self.train.dropout else frames[:-1], frames[self.context :: self.train.stride]
 
     def _mask(self, rng):
         """Inverted dropout: zeros, and 1 / (1 - dropout) elsewhere."""
+        if not self.train.dropout:
+            return np.ones((1, self.shards.cqt.n_bins), np.float32)
         shape = (self.length - 1, self.shards.cqt.n_bins)
         kept = rng.random(shape, dtype=np.float32) >= self.train.dropout
         return kept * np.float32(1 / (1 - self.train.dropout))

@@ -58,22 +58,24 @@ class GatedAutoencoder(nn.Module):
         """All weights by name, as NumPy arrays of float32."""
         return {name: tensor.detach().float().cpu().numpy() for name, tensor in self.state_dict().items()}
 
-    def x_factors(self, x):
+    def x_factors(self, x, stride=1):
         """Filter responses to the context.
 
         Parameters
         ----------
         x : Tensor, shape (batch, n_frames + context - 1, n_bins)
+        stride : int
+            Leave out all but every `stride`-th response.
 
         Returns
         -------
-        Tensor, shape (batch, n_frames, n_factors)
+        Tensor, shape (batch, ceil(n_frames / stride), n_factors)
         """
         x = self.sizes.input_scale * x
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         # one matrix product over copied windows: faster than any convolution of full height
-        windows = x.unfold(1, self.sizes.context, 1).transpose(2, 3).flatten(2)
+        windows = x.unfold(1, self.sizes.context, stride).transpose(2, 3).flatten(2)
         return F.linear(windows, self.filters_x)
 
     def y_factors(self, y):
@@ -148,8 +150,8 @@ def contrast(queries, keys, temperature):
 
     Parameters
     ----------
-    queries, keys : Tensor, shape (n, n_maps)
-        Row i of one belongs to row i of the other.
+    queries, keys : Tensor, shape (..., n, n_maps)
+        Row i of one belongs to row i of the other. Leading dimensions are groups on their own.
     temperature : float
 
     Returns
@@ -161,9 +163,9 @@ def contrast(queries, keys, temperature):
     ----------
     A. van den Oord, Y. Li, O. Vinyals: Representation Learning with Contrastive Predictive Coding, 2018.
     """
-    similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).T / temperature
-    own = torch.arange(len(queries), device=queries.device)
-    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    similarity = (F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT).float() / temperature
+    own = similarity.diagonal(dim1=-2, dim2=-1)
+    return ((similarity.logsumexp(-1) + similarity.logsumexp(-2)) / 2 - own).mean()
 
 
 def save_model(path, model, cqt, **facts):

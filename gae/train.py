@@ -220,7 +220,7 @@ class Run:
     def metrics(self):
         """What `dvc metrics` shows of training: final losses, the best validation, speed in frames a second."""
         train = self.params.train
-        frames = self.step * train.batch * train.block
+        frames = self.step * train.batch * math.ceil(train.block / train.stride)
         final = {name: round(value, 5) for name, value in self.history[-1].items() if name != "step"}
         return {**final, "step": self.best_step, "steps": self.step, "frames_per_second": round(frames / self.elapsed())}
 
@@ -291,7 +291,7 @@ class Objective(nn.Module):
             loss, reconstruction, and where they are used contrast and sparsity.
         """
         settings, model = self.settings, self.model
-        factors_1, factors_2 = model.x_factors(x1), model.x_factors(x2)
+        factors_1, factors_2 = (model.x_factors(x, settings.stride) for x in (x1, x2))
         m1 = model.relate(factors_1, model.y_factors(y1))
         if settings.objective == "reconstruction":
             terms = {"reconstruction": (model.rebuild(m1, factors_2) - y2).square().mean()}
@@ -301,7 +301,7 @@ class Objective(nn.Module):
             power = self.gather(y1.square().sum() + y2.square().sum()).mean()  # of all processes, as their losses are averaged
             terms = {"reconstruction": error / power.clamp_min(1e-6)}
             if settings.contrast:
-                terms["contrast"] = contrast(self._contrasted(m1), self._contrasted(m2), settings.temperature)
+                terms["contrast"] = contrast(self._groups(m1), self._groups(m2), settings.temperature)
         if settings.sparsity:
             terms["sparsity"] = sparsity(m1)
         decay = model.filters_x.square().sum() + model.filters_y.square().sum() if settings.weight_decay else 0.0
@@ -313,10 +313,13 @@ class Objective(nn.Module):
         )
         return {"loss": loss, **terms}
 
-    def _contrasted(self, mapping):
-        """Every n-th frame of all excerpts of all processes, `contrast_frames` in all where there are as many."""
-        every = max(1, round(self.settings.batch * self.settings.block / self.settings.contrast_frames))
-        return self.gather(mapping[:, ::every].contiguous()).flatten(0, -2)
+    def _groups(self, mapping):
+        """The frames of all processes in groups (n_groups, about contrast_frames, n_maps), each with frames of every excerpt."""
+        mapping = self.gather(mapping.contiguous()).flatten(0, -3)
+        n_excerpts, n_frames, n_maps = mapping.shape
+        n_groups = min(n_frames, max(1, round(n_excerpts * n_frames / self.settings.contrast_frames)))
+        dealt = mapping[:, : n_frames // n_groups * n_groups].unflatten(1, (-1, n_groups))
+        return dealt.permute(2, 0, 1, 3).reshape(n_groups, -1, n_maps)
 
 
 class Validation:
