@@ -139,7 +139,11 @@ def _decoded(file, path):
         total += len(read)
     if total == 0:
         raise AudioError(f"{path}: holds no samples; record or export it again")
-    if total < file.frames and file.frames < 2**62:
-        raise AudioError(
-            f"{path}: truncated, {total / file.samplerate:.1f} s of {file.frames / file.samplerate:.1f} s are there; copy it again"
-        )
+    if total < (promised := _promised(file)):
+        raise AudioError(f"{path}: truncated, {total / file.samplerate:.1f} s of {promised / file.samplerate:.1f} s are there; copy it again")
+
+
+def _promised(file):
+    """Samples that the header promises, if it does: for mp3 without a Xing header libsndfile guesses from the first frame."""
+    guessed = file.format == "MP3" and not re.search("bitrate mode *: variable", file.extra_info)
+    return 0 if guessed or file.frames >= 1 << 62 else file.frames

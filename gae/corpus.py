@@ -36,7 +36,7 @@ _PLAYERS = ("music21", "midirenderer", "pretty_midi", "soundfile", "soxr")  # pa
 _SECONDS = (20.0, 210.0)  # shorter pieces are left out, longer ones end early
 _LEAD_IN, _TAIL = 0.25, 1.0  # s before the first note and after the last
 _PEAK = 0.8  # of full scale
-_RANGE, _PIANO = (27, 102), (18, 108)  # MIDI pitches that a score may hold, and that every piano plays in tune
+_RANGE = (27, 102)  # MIDI pitches that a score may hold
 _CHANNELS = 15  # parts that sound at once: the 16 of MIDI without the drums
 # Of two unrelated chorales at most 0.3 of the phrases agree, of two harmonisations of one melody as a rule 0.35 to 1.
 _PHRASE, _ALIKE, _FEW = 8, 0.3, 20  # intervals in a phrase; that share; fewer phrases than these count as these
@@ -126,16 +126,16 @@ FAMILIES = {
     "ensemble": (44, 48, 52, 53),
     "brass": (56, 57, 58, 59, 60, 61, 62, 63),
     "reed": (64, 66, 69, 70, 71, 109, 111),
-    "pipe": (72, 73, 74, 75, 79),
-    "synth": (80, 81, 82, 83, 85, 90, 94),
+    "pipe": (72, 73, 74, 75),
+    "synth": (79, 80, 81, 82, 83, 85, 90, 94),
 }
 FAMILY_SHARES = {"piano": 4.0}  # 1 for the others
 
-# MIDI pitches that a sound plays in tune and in time, as measured; a piano plays those of any score
-COMPASS = (30, 102)
+# MIDI pitches that a sound plays in tune and in time, as measured
+COMPASS = (20, 108)
 COMPASSES = {
-    11: (33, 102), 57: (30, 95), 58: (30, 97), 59: (30, 96), 60: (30, 96), 61: (30, 93), 62: (30, 93), 63: (30, 93),
-    72: (67, 102), 73: (55, 102), 74: (62, 102), 75: (55, 102), 81: (30, 90), 83: (30, 92),
+    11: (33, 108), 45: (20, 104), 57: (20, 95), 58: (20, 97), 59: (20, 96), 60: (20, 96), 61: (20, 93), 62: (20, 93), 63: (20, 93),
+    64: (20, 104), 66: (20, 104), 72: (67, 108), 73: (55, 108), 74: (62, 108), 75: (55, 108), 81: (20, 90), 83: (20, 92), 105: (20, 104),
 }  # fmt: skip
 
 
@@ -437,11 +437,14 @@ def draw_programs(family, notes, shifts, rng):
 
 
 def _draw_program(family, pitches, shifts, rng):
-    """A sound of the family that has all the pitches; a piano if none has."""
+    """A sound of the family that has all the pitches; if none has, one of another family."""
     lowest, highest = pitches.min() + min(shifts), pitches.max() + max(shifts)
-    compasses = {program: COMPASSES.get(program, COMPASS) for program in FAMILIES[family]}
-    reaching = [program for program, (bottom, top) in compasses.items() if bottom <= lowest and highest <= top]
-    return int(rng.choice(reaching or FAMILIES["piano"]))
+    for name in [family, *rng.permutation(list(FAMILIES))]:
+        compasses = {program: COMPASSES.get(program, COMPASS) for program in FAMILIES[name]}
+        reaching = [program for program, (bottom, top) in compasses.items() if bottom <= lowest and highest <= top]
+        if reaching:
+            return int(rng.choice(reaching))
+    raise Unplayable("goes beyond all sounds")
 
 
 def draw_families(count, rng):
@@ -581,7 +584,7 @@ def _render(piece, split, lead, params):
 def _views(score, steady, params, rng):
     """The takes of a training piece: one performance in other sounds, the first in the written key."""
     n, pitches = params.view_transposition, score.notes["pitch"]
-    lowest, highest = max(-n, _PIANO[0] - pitches.min()), min(n, _PIANO[1] - pitches.max())
+    lowest, highest = max(-n, COMPASS[0] - pitches.min()), min(n, COMPASS[1] - pitches.max())
     shifts = [0, *rng.integers(lowest, highest + 1, params.views - 1).tolist()]
     families = draw_families(params.views, rng)
     return {

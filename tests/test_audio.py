@@ -2,6 +2,7 @@ import os
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,20 @@ def test_a_truncated_file_is_refused(write, extension, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     refuse(path)
+
+
+def test_an_mp3_without_a_length_is_audio(write):
+    path = write("untagged.mp3", np.random.default_rng(0).uniform(-0.9, 0.9, (44100, 2)), compression_level=0)
+    assert path.read_bytes().count(b"Xing") == 1
+    path.write_bytes(path.read_bytes().replace(b"Xing", b"\0\0\0\0"))
+    assert audio.claimed_seconds(path) > 3 and audio.probe(path).seconds == pytest.approx(2, abs=0.15)
+
+
+def test_an_mp3_whose_length_is_misjudged_is_audio():
+    path = Path(__file__).parents[2] / "shared/data/jkupdd/wtc2f20-poly.mp3"
+    if not path.exists():
+        pytest.skip("the recording is not here")
+    assert audio.probe(path).seconds == pytest.approx(82.3, abs=0.1) and audio.claimed_seconds(path) > 82.6
 
 
 def test_a_damaged_flac_is_refused(write):

@@ -55,6 +55,11 @@ def test_several_files_go_to_a_folder_and_bad_ones_are_named(folder, weights, ca
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["other.h5", "song.h5"]
 
 
+def test_the_same_file_twice_is_converted_once(folder, weights, capsys):
+    assert run(capsys, "convert", "song.wav", "song.wav", "--out", "song.h5", "--weights", weights)[0] == 0
+    assert (folder / "song.h5").exists()
+
+
 def test_one_file_to_a_folder_in_another_format(folder, weights, capsys):
     assert run(capsys, "convert", "song.wav", "--out", "out/", "--format", ".csv", "--weights", weights)[0] == 0
     assert [path.name for path in (folder / "out").iterdir()] == ["song.csv"]

@@ -154,6 +154,14 @@ def test_damaged_inputs_are_named(project, in_this_process):
         project.run()
 
 
+def test_model_whose_sizes_are_not_its_weights_is_refused(tmp_path):
+    network = tiny.model().network
+    network.sizes = tiny.SIZES.model_copy(update={"n_maps": 16384})
+    save_model(tmp_path / "model.safetensors", network, tiny.CQT)
+    with pytest.raises(FormatError, match="weights and sizes don't fit"):
+        gae.load_model(tmp_path / "model.safetensors")
+
+
 def test_model_that_changes_meanwhile_is_refused(project, tmp_path, weights):
     job = {"source": "a.wav", "sha256": "0" * 64, "key": f"{1:032x}", "shard": str(next(project.shards.glob("*.h5"))), "file": "a.h5"}
     with pytest.raises(FormatError, match="changed while it was used"):

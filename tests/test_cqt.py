@@ -1,0 +1,185 @@
+import librosa
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gae import cqt as transform
+from gae.cqt import analyse, compress, frame_times, frames, magnitude_blocks, standardise
+from gae.params import Cqt
+
+CQT = tiny.CQT
+DEFAULT = Cqt()
+
+
+def noise(n_samples, seed=0):
+    return 0.1 * np.random.default_rng(seed).standard_normal(n_samples).astype(np.float32)
+
+
+def whole(samples, cqt):
+    """Magnitudes of the whole recording at once, by librosa."""
+    return np.abs(
+        librosa.cqt(
+            samples,
+            sr=cqt.sample_rate,
+            hop_length=cqt.hop_length,
+            fmin=cqt.fmin,
+            n_bins=cqt.n_bins,
+            bins_per_octave=cqt.bins_per_octave,
+        )
+    ).T
+
+
+def by_the_formula(magnitudes, cqt):
+    """Compression and standardising, frame by frame, in float64."""
+    largest = magnitudes.max()
+    rows = []
+    for row in magnitudes.astype(np.float64):
+        if cqt.compression == "log":
+            row = np.log(1 + cqt.gain * row / largest)
+        row = row - row.mean()
+        norm = np.sqrt((row**2).sum())
+        rows.append(row / norm if norm > 1e-8 else 0 * row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("cqt", [DEFAULT, CQT, Cqt(sample_rate=44100, hop_length=441, fmin=200, n_bins=100, bins_per_octave=36)])
+def test_magnitudes_are_those_of_librosa(cqt):
+    samples = noise(5 * cqt.sample_rate + 17)
+    magnitudes = np.concatenate(list(magnitude_blocks([samples], cqt)))
+    assert magnitudes.dtype == np.float32 and magnitudes.shape == (1 + len(samples) // cqt.hop_length, cqt.n_bins)
+    assert np.allclose(magnitudes, whole(samples, cqt), atol=1e-6)
+
+
+@pytest.mark.parametrize("cqt", [DEFAULT, CQT])
+def test_pieces_join_without_a_seam(monkeypatch, cqt):
+    samples = noise(round(8.3 * cqt.sample_rate))
+    expected = whole(samples, cqt)
+    for piece in (64, 128):
+        monkeypatch.setattr(transform, "_PIECE", piece)
+        pieces = list(magnitude_blocks([samples], cqt))
+        assert len(pieces) > 1 and len(pieces[0]) == piece
+        assert np.abs(np.concatenate(pieces) - expected).max() < 1e-5 * expected.max()
+
+
+@given(st.lists(st.integers(0, 9000), max_size=12), st.integers(0, 30_000))
+@settings(max_examples=15)
+def test_frames_do_not_depend_on_how_the_samples_arrive(cuts, n_samples):
+    samples = noise(n_samples)
+    before = transform._PIECE
+    transform._PIECE = 64
+    try:
+        blocks = np.split(samples, np.minimum(np.cumsum(cuts), n_samples).astype(int))
+        with analyse(iter(blocks), CQT) as analysis:
+            arrived = np.concatenate([np.zeros((0, CQT.n_bins), np.float32), *analysis.blocks()])
+            assert len(arrived) == analysis.n_frames == (1 + n_samples // CQT.hop_length if n_samples else 0)
+        assert np.array_equal(arrived, frames(samples, CQT))
+    finally:
+        transform._PIECE = before
+
+
+@pytest.mark.parametrize("compression", ["log", "none"])
+def test_frames_follow_the_formula(compression):
+    cqt = DEFAULT.model_copy(update={"compression": compression, "gain": 50.0})
+    samples = tiny.tone(4, cqt.sample_rate) + noise(4 * cqt.sample_rate) / 50
+    made = frames(samples, cqt)
+    assert made.dtype == np.float32
+    assert np.allclose(made, by_the_formula(whole(samples, cqt), cqt), atol=2e-5)
+    assert np.allclose(made.mean(axis=1), 0, atol=1e-6) and np.allclose((made**2).sum(axis=1), 1, atol=1e-5)
+
+
+def test_a_pass_knows_the_whole_recordings_peak_and_can_be_repeated(monkeypatch):
+    monkeypatch.setattr(transform, "_PIECE", 64)
+    samples = noise(40_000) * np.linspace(0, 1, 40_000, dtype=np.float32)  # loudest in the last piece
+    with analyse([samples], CQT) as analysis:
+        first, second = (np.concatenate(list(analysis.blocks())) for _ in range(2))
+        assert analysis.peak == pytest.approx(whole(samples, CQT).max(), rel=1e-5)
+    assert np.array_equal(first, second)
+    assert np.allclose(first, by_the_formula(whole(samples, CQT), CQT), atol=1e-4)
+
+
+def test_loudness_changes_nothing():
+    samples = noise(20_000)
+    assert np.allclose(frames(samples, CQT), frames(1000 * samples, CQT), atol=1e-5)
+
+
+@pytest.mark.parametrize("frequency", [220.0, 440.0, 554.37])
+def test_a_tone_is_where_it_belongs(frequency):
+    made = frames(np.sin(2 * np.pi * frequency * np.arange(16_000) / 8000).astype(np.float32), CQT)
+    assert np.all(made[10:-10].argmax(axis=1) == round(12 * np.log2(frequency / CQT.fmin)))
+
+
+def test_an_onset_is_when_it_belongs():
+    samples = np.zeros(16_000, np.float32)
+    samples[8000:8020] = 1.0  # at 1 s
+    cqt = CQT.model_copy(update={"fmin": 880.0, "n_bins": 12})
+    loudest = np.concatenate(list(magnitude_blocks([samples], cqt))).sum(axis=1).argmax()
+    assert frame_times(100, cqt)[loudest] == pytest.approx(1, abs=cqt.frame_seconds)
+
+
+def test_times_are_centres_of_frames():
+    assert np.array_equal(frame_times(3, DEFAULT), [0, 448 / 22050, 2 * 448 / 22050])
+
+
+@pytest.mark.parametrize("compression", ["log", "none"])
+def test_silence_is_zero(compression):
+    cqt = DEFAULT.model_copy(update={"compression": compression})
+    assert not frames(np.zeros(30_000, np.float32), cqt).any()
+    music = noise(2 * cqt.sample_rate)
+    made = frames(np.concatenate([music, np.zeros(8 * cqt.sample_rate, np.float32), music]), cqt)
+    times = frame_times(len(made), cqt)
+    within = (times > 3) & (times < 9)  # the longest filter is half a second away from any sound
+    assert not made[within].any()
+    assert np.allclose(np.linalg.norm(made[(times < 1.9) | (times > 10.1)], axis=1), 1, atol=1e-5)
+
+
+def test_a_quiet_passage_is_no_silence():
+    music = noise(2 * 8000)
+    made = frames(np.concatenate([music, music / 1000]), CQT)
+    assert np.allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_samples", [1, 2, 255, 256, 257, 1000])
+def test_the_shortest_recordings_have_frames(n_samples):
+    made = frames(noise(n_samples), CQT)
+    assert made.shape == (1 + n_samples // 256, CQT.n_bins) and np.isfinite(made).all()
+    assert made.any()
+
+
+def test_nothing_has_no_frames():
+    assert frames(np.zeros(0, np.float32), CQT).shape == (0, CQT.n_bins)
+
+
+@pytest.mark.parametrize("level", [1e12, 1e-30, 1e-40])
+def test_extreme_levels_stay_finite(level):
+    made = frames((noise(3000).astype(np.float64) * level).astype(np.float32), CQT)
+    assert np.isfinite(made).all() and made.any()
+
+
+def test_compression_by_hand():
+    magnitudes = np.array([[0, 1, 4]], np.float32)
+    assert np.allclose(compress(magnitudes, 4.0, CQT), np.log([[1, 51, 201]]))
+    assert np.array_equal(compress(magnitudes, 4.0, CQT.model_copy(update={"compression": "none"})), magnitudes)
+
+
+def test_standardising_by_hand():
+    rows = np.array([[1, 2, 3], [5, 5, 5], [0, 0, 0]], np.float32)
+    assert np.allclose(standardise(rows), [[-np.sqrt(0.5), 0, np.sqrt(0.5)], [0, 0, 0], [0, 0, 0]])
+
+
+@given(
+    st.sampled_from([1000, 8000, 22050, 48000]),
+    st.sampled_from([16, 100, 448, 1000]),
+    st.floats(20, 2000),
+    st.integers(2, 60),
+    st.sampled_from([1, 5, 12, 24]),
+)
+@settings(max_examples=20)
+def test_whatever_the_parameters_allow_can_be_transformed(sample_rate, hop_length, fmin, n_bins, bins_per_octave):
+    try:
+        cqt = Cqt(sample_rate=sample_rate, hop_length=hop_length, fmin=fmin, n_bins=n_bins, bins_per_octave=bins_per_octave)
+    except ValueError:
+        return
+    made = frames(noise(3000), cqt)
+    assert made.shape == (1 + 3000 // hop_length, n_bins) and np.isfinite(made).all()

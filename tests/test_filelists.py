@@ -1,0 +1,213 @@
+import os
+from contextlib import chdir
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gae.errors import ListError
+from gae.filelists import read_list
+
+FILES = [
+    "a.wav",
+    "b.wav",
+    "music/one.wav",
+    "music/two.flac",
+    "music/deep/three.wav",
+    "music/.hidden.wav",
+    "views/p1.piano.ogg",
+    "views/p2.piano.ogg",
+    "views/p1.organ.ogg",
+    "views/p2.organ.ogg",
+    "live [2019].wav",
+    "live 2.wav",
+    "Sonata in C # minor.wav",
+    "C#.wav",
+    "#1 hit.wav",
+    "Für Élise – 音.wav",
+    "a?.wav",
+    " padded.wav",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    with chdir(folder):
+        yield folder
+
+
+@pytest.fixture
+def read(folder):
+    def read(text):
+        (folder / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_list("list.txt")
+
+    return read
+
+
+@pytest.fixture
+def paths(read):
+    return lambda text: [line.paths for line in read(text)]
+
+
+@pytest.fixture
+def refuse(read):
+    """The message with which a list is refused: one line that names the list and the line."""
+
+    def refuse(text, number=1):
+        with pytest.raises(ListError) as caught:
+            read(text)
+        message = str(caught.value)
+        assert message.startswith(f"list.txt, line {number}: ") and message.splitlines() == [message]
+        return message
+
+    return refuse
+
+
+def test_a_line_is_a_path(read, folder):
+    lines = read(f"b.wav\n{folder}/a.wav\nmusic/one.wav")
+    assert [line.paths for line in lines] == [("b.wav",), (f"{folder}/a.wav",), ("music/one.wav",)]
+    assert [line.number for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["", "\n", " \t \n\n", "# only\n  # comments\n\t# here", "\ufeff"])
+def test_nothing_is_listed(paths, text):
+    assert paths(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# music\n\na.wav\n\n   \nb.wav\n",
+        "a.wav\r\n\r\nb.wav\r\n",
+        "\ufeffa.wav\nb.wav",
+        "\ufeff# music\na.wav\nb.wav",
+        "  a.wav  \n\tb.wav\t\n",
+        "a.wav # the first\nb.wav\t# the second",
+        "a.wav    #the first\nb.wav # one # more",
+    ],
+)
+def test_comments_blanks_and_line_ends_do_not_matter(paths, text):
+    assert paths(text) == [("a.wav",), ("b.wav",)]
+
+
+@pytest.mark.parametrize(
+    "name", ["live [2019].wav", "Sonata in C # minor.wav", "C#.wav", "./#1 hit.wav", "Für Élise – 音.wav", "a?.wav", "./ padded.wav"]
+)
+@pytest.mark.parametrize("comment", ["", " # a comment", " # one # more", "\t# a comment", "\t# with\ttabs"])
+def test_a_name_that_exists_is_taken_literally(paths, name, comment):
+    assert paths(name + comment) == [(name,)]
+
+
+def test_a_number_sign_starts_a_comment_at_the_beginning(paths):
+    assert paths("#1 hit.wav") == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "files"),
+    [
+        ("*.wav", ["#1 hit.wav", " padded.wav", "C#.wav", "Für Élise – 音.wav", "Sonata in C # minor.wav"] + ["a.wav", "a?.wav", "b.wav"] + ["live 2.wav", "live [2019].wav"]),
+        ("[ab].wav", ["a.wav", "b.wav"]),
+        ("?.wav", ["a.wav", "b.wav"]),
+        ("music/*", ["music/one.wav", "music/two.flac"]),
+        ("music/**/*.wav", ["music/deep/three.wav", "music/one.wav"]),
+        ("*/*.piano.ogg # two", ["views/p1.piano.ogg", "views/p2.piano.ogg"]),
+    ],
+)  # fmt: skip
+def test_globs_expand_in_sorted_order_to_files(paths, pattern, files):
+    assert paths(pattern) == [(file,) for file in sorted(files)]
+
+
+def test_a_home_folder_expands(paths, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert paths("~/Sonata in C # minor.wav # mine") == [(f"{folder}/Sonata in C # minor.wav",)]
+
+
+def test_views_are_separated_by_tabs(read):
+    lines = read("# two\nviews/p1.piano.ogg\tviews/p1.organ.ogg\n\na.wav\t\tb.wav \t live 2.wav # three")
+    assert [(line.paths, line.number) for line in lines] == [
+        (("views/p1.piano.ogg", "views/p1.organ.ogg"), 2),
+        (("a.wav", "b.wav", "live 2.wav"), 4),
+    ]
+
+
+def test_globs_of_views_are_paired(read):
+    lines = read("\nviews/*.piano.ogg\tviews/*.organ.ogg")
+    assert [(line.paths, line.number) for line in lines] == [
+        (("views/p1.piano.ogg", "views/p1.organ.ogg"), 2),
+        (("views/p2.piano.ogg", "views/p2.organ.ogg"), 2),
+    ]
+
+
+def test_unequal_views_are_refused(refuse):
+    assert "[2, 1]" in refuse("\nviews/*.piano.ogg\tviews/p1.organ.ogg", 2)
+
+
+def test_what_is_listed_twice_is_used_once(read, capsys):
+    lines = read("a.wav\n*.wav\na.wav\na.wav\tb.wav")
+    assert [line.paths for line in lines].count(("a.wav",)) == 1 and len(lines) == 11
+    assert lines[-1].paths == ("a.wav", "b.wav")
+    warnings = capsys.readouterr().err.splitlines()
+    assert [warning.split(": ")[1] for warning in warnings] == ["list.txt, line 2", "list.txt, line 3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "words"),
+    [
+        ("a.wav\n\nmissing.wav", 3, "no such file: missing.wav"),
+        ("# one\r\n\r\nmissing.wav\r\n", 3, "missing.wav"),
+        ("a.wav\tmissing.wav", 1, "missing.wav"),
+        ("missing.wav # a.wav", 1, "no such file: missing.wav;"),
+        ("*.mp3", 1, "no file matches *.mp3"),
+        ("music", 1, "is a folder; write music/*"),
+        ("music/deep/", 1, "is a folder"),
+        ("music/de*", 1, "no file matches"),
+        ("a\0.wav", 1, "zero byte"),
+        ("a.wav b.wav", 1, "no such file: a.wav b.wav"),
+        ("x" * 5000, 1, "no such file"),
+    ],
+)
+def test_what_names_no_file_is_refused_with_its_line(refuse, text, number, words):
+    assert words in refuse(text, number)
+
+
+@pytest.mark.parametrize("name", [b"latin-\xe4.wav", b"two\nlines.wav"])
+def test_a_name_that_no_list_could_hold_is_refused(refuse, folder, name):
+    (folder / "odd").mkdir(exist_ok=True)
+    path = os.fsencode(folder / "odd") + b"/" + name
+    open(path, "w").close()
+    try:
+        assert "rename" in refuse("a.wav\nodd/*", 2)
+    finally:
+        os.unlink(path)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "music"])
+def test_no_list_is_refused(folder, name):
+    with pytest.raises(ListError, match=f"^{name}: no such list; write one audio path a line"):
+        read_list(name)
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfea\0", "Für Elise.wav".encode("latin-1"), b"RIFF\x90\xd0"])
+def test_what_is_no_text_is_refused(read, text):
+    with pytest.raises(ListError, match=r"^list\.txt: not UTF-8 text"):
+        read(text)
+
+
+pieces = st.sampled_from([*FILES, "\t", "\n", "\r\n", "#", " # ", "*", "[", "]", "**", "?", "\0", "~", "\x0b", "\x85", "\u2028", "views/*.ogg"])
+
+
+@given(st.lists(pieces | st.text(max_size=4), max_size=8).map("".join))
+def test_any_text_gives_files_or_one_line(folder, text):
+    if "/" in text.replace("music/", "").replace("views/", ""):
+        return  # not beyond the folder
+    (folder / "list.txt").write_text(text, encoding="utf-8", newline="")
+    try:
+        for line in read_list("list.txt"):
+            assert line.paths and all(os.path.isfile(path) for path in line.paths) and 1 <= line.number <= len(text.splitlines())
+    except ListError as error:
+        assert len(str(error).splitlines()) == 1 and "list.txt, line " in str(error)

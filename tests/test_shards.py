@@ -1,0 +1,268 @@
+import hashlib
+import json
+import os
+import time
+
+import h5py
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gae import shards
+from gae.errors import FormatError
+from gae.files import read_json, write_json
+from gae.shards import Shards, read_blocks, read_shard, write_folder
+
+CQT = tiny.CQT
+
+
+@pytest.fixture(scope="module")
+def tracks(tmp_path_factory):
+    """Ten tracks of 20 to 290 frames, each in a shard of its own: {key: file}."""
+    return staged(tmp_path_factory.mktemp("staging"), 10)
+
+
+def staged(place, n, dtype="float32"):
+    files = {}
+    for number in range(n):
+        key = hashlib.sha256(bytes([number])).hexdigest()[:32]
+        files[key] = place / f"{key}.h5"
+        with shards.writing(files[key], CQT) as shard:
+            facts = {"path": f"{number}.wav", "duration": 1.5 * number, "peak": number / 4}
+            written = shards.add_track(shard, key, [frames_of(number)[:7], frames_of(number)[7:]], CQT.n_bins, dtype, **facts)
+            assert written == 20 + 30 * number
+    return files
+
+
+def frames_of(number):
+    return tiny.frames(20 + 30 * number, number)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def listed(keys):
+    return [[(key, f"music/{key[:4]}.wav")] for key in keys]
+
+
+def rewritten(folder, before):
+    """The shards of a folder that are not the files that they were."""
+    return {path.name for path in folder.glob("*.h5") if before.get(path.name) != path.stat().st_ino}
+
+
+def inodes(folder):
+    return {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+
+def test_the_contract(tmp_path, tracks):
+    write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 1 << 30)
+    assert sorted(content(tmp_path / "out")) == ["index.json", "shard-all.h5"]
+    with h5py.File(tmp_path / "out" / "shard-all.h5") as shard:
+        assert dict(shard.attrs) == {"schema": 1, "cqt": json.dumps(CQT.model_dump(), sort_keys=True)}
+        assert set(shard) == set(tracks)
+        for number, key in enumerate(tracks):
+            expected = {"path": f"music/{key[:4]}.wav", "duration": 1.5 * number, "n_frames": 20 + 30 * number, "peak": number / 4}
+            assert dict(shard[key].attrs) == expected and list(shard[key]) == ["cqt"]
+            assert shard[key]["cqt"].chunks == (256, CQT.n_bins) and shard[key]["cqt"].dtype == np.float32
+            assert np.array_equal(shard[key]["cqt"], frames_of(number))
+    index = read_json(tmp_path / "out" / "index.json")
+    assert index["lines"] == [[{"key": k, "path": f"music/{k[:4]}.wav", "n_frames": 20 + 30 * n}] for n, k in enumerate(tracks)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_was_written_is_read(tmp_path, dtype):
+    tracks = staged(tmp_path / "staging", 4, dtype)
+    keys = list(tracks)
+    lines = [[(keys[1], "b"), (keys[0], "a")], [(keys[3], "d")]]
+    write_folder(tmp_path / "out", lines, tracks, CQT, 1)
+    with Shards(tmp_path / "out") as read:
+        assert read.cqt == CQT and read.cqt.n_bins == 36
+        assert [[track.key for track in line] for line in read.lines] == [[keys[1], keys[0]], [keys[3]]]
+        assert set(read.tracks) == {keys[0], keys[1], keys[3]}
+        track = read.tracks[keys[3]]
+        assert (track.path, track.n_frames, track.duration, track.peak, track.dtype) == ("d", 110, 4.5, 0.75, dtype)
+        tolerance = 1e-3 if dtype == "float16" else 0
+        assert read.read(keys[3]).dtype == np.float32
+        assert np.abs(read.read(keys[3]) - frames_of(3)).max() <= tolerance
+        assert np.abs(read.read(keys[3], 10, 25) - frames_of(3)[10:25]).max() <= tolerance
+        assert [len(block) for block in read.blocks(keys[3], 50)] == [50, 50, 10]
+        assert np.array_equal(np.concatenate(list(read.blocks(keys[3], 50))), read.read(keys[3]))
+        n_frames, blocks = read_blocks(track.file, keys[3], 50)
+        assert n_frames == 110 and np.array_equal(np.concatenate(list(blocks)), read.read(keys[3]))
+
+
+def test_more_shards_than_may_be_open_can_be_read(tmp_path, tracks, monkeypatch):
+    monkeypatch.setattr(shards, "_FILES", 3)
+    write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 1)
+    with Shards(tmp_path / "out") as read:
+        assert len({track.file for track in read.tracks.values()}) > 6
+        for _ in range(2):
+            assert all(np.array_equal(read.read(key), frames_of(number)) for number, key in enumerate(tracks))
+        assert len(read._open) == 3
+
+
+def test_bytes_do_not_depend_on_the_clock(tmp_path):
+    first = staged(tmp_path / "first", 3)
+    time.sleep(1.1)  # the clock of HDF5's time stamps ticks in seconds
+    second = staged(tmp_path / "second", 3)
+    for folder, tracks in (("a", first), ("b", second)):
+        write_folder(tmp_path / folder, listed(tracks), tracks, CQT, 1 << 30)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@given(st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=1, max_size=4), st.sampled_from([1, 20_000, 1 << 30]))
+@settings(max_examples=15)
+def test_the_same_tracks_give_the_same_files_whatever_came_before(tmp_path_factory, tracks, history, shard_bytes):
+    tmp_path = tmp_path_factory.mktemp("history")
+    names = list(tracks)
+    for wanted in history:
+        keys = [names[number] for number in sorted(wanted)]
+        held = {key: track.file for key, track in Shards(tmp_path / "grown").tracks.items()} if (tmp_path / "grown").exists() else {}
+        write_folder(tmp_path / "grown", listed(keys), {**tracks, **held}, CQT, shard_bytes)
+    write_folder(tmp_path / "fresh", listed(keys), tracks, CQT, shard_bytes)
+    assert content(tmp_path / "grown") == content(tmp_path / "fresh")
+    with Shards(tmp_path / "grown") as read:
+        assert set(read.tracks) == set(keys)
+        assert all(np.array_equal(read.read(names[number]), frames_of(number)) for number in history[-1])
+
+
+def test_the_order_of_the_list_changes_no_shard(tmp_path, tracks):
+    write_folder(tmp_path / "a", listed(tracks), tracks, CQT, 20_000)
+    write_folder(tmp_path / "b", listed(reversed(tracks)), tracks, CQT, 20_000)
+    a, b = content(tmp_path / "a"), content(tmp_path / "b")
+    assert a.pop("index.json") != b.pop("index.json") and a == b and len(a) > 2
+
+
+def test_one_more_track_rewrites_one_shard_and_removing_it_restores_all(tmp_path, tracks):
+    keys, out = list(tracks), tmp_path / "out"
+    assert len(frames_of(0)) < 30  # so small that the number of shards stays
+    write_folder(out, listed(keys[1:]), tracks, CQT, 60_000)
+    before, files = content(out), inodes(out)
+    assert len(before) > 4
+    write_folder(out, listed(keys), tracks, CQT, 60_000)
+    assert len(rewritten(out, files)) == 1
+    write_folder(out, listed(keys[1:]), tracks, CQT, 60_000)
+    assert content(out) == before
+
+
+def test_what_is_as_it_should_be_is_not_rewritten(tmp_path, tracks):
+    write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 20_000)
+    files = inodes(tmp_path / "out")
+    write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 20_000)
+    assert not rewritten(tmp_path / "out", files)
+
+
+def test_a_removed_track_leaves_no_frames(tmp_path, tracks):
+    write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 1 << 30)
+    size = (tmp_path / "out" / "shard-all.h5").stat().st_size
+    keys = list(tracks)
+    write_folder(tmp_path / "out", listed(keys[:-1]), tracks, CQT, 1 << 30)
+    assert frames_of(9).tobytes()[:4000] not in (tmp_path / "out" / "shard-all.h5").read_bytes()
+    assert (tmp_path / "out" / "shard-all.h5").stat().st_size < size
+    assert keys[-1] not in Shards(tmp_path / "out").tracks
+
+
+def test_shards_stay_near_their_size(tmp_path):
+    tracks = staged(tmp_path / "staging", 30)
+    write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 500_000)
+    sizes = [sum(track.n_frames for track in read_shard(file)[1].values()) * 36 * 4 for file in (tmp_path / "out").glob("*.h5")]
+    assert len(sizes) == 4 and sum(sizes) / len(sizes) < 500_000 and max(sizes) < 1_000_000
+
+
+def test_a_moved_track_has_its_new_path(tmp_path, tracks):
+    key = next(iter(tracks))
+    write_folder(tmp_path / "out", [[(key, "old.wav")]], tracks, CQT, 1)
+    write_folder(tmp_path / "out", [[(key, "new.wav")]], tracks, CQT, 1)
+    assert Shards(tmp_path / "out").tracks[key].path == "new.wav"
+
+
+def test_one_content_on_several_lines_is_kept_once(tmp_path, tracks):
+    key, other = list(tracks)[:2]
+    lines = [[(key, "b.wav")], [(key, "a.wav"), (other, "c.wav")]]
+    write_folder(tmp_path / "out", lines, tracks, CQT, 1 << 30)
+    write_folder(tmp_path / "back", lines[::-1], tracks, CQT, 1 << 30)
+    read = Shards(tmp_path / "out")
+    assert [[track.key for track in line] for line in read.lines] == [[key], [key, other]] and len(read.tracks) == 2
+    assert content(tmp_path / "out")["shard-all.h5"] == content(tmp_path / "back")["shard-all.h5"]
+
+
+def refuse(read, *names):
+    with pytest.raises(FormatError) as caught:
+        read()
+    message = str(caught.value)
+    assert message.splitlines() == [message] and all(name in message for name in names) and "run `dvc repro" in message
+
+
+@pytest.fixture
+def folder(tmp_path, tracks):
+    write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 1 << 30)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
+def test_a_truncated_shard_is_refused(folder, share):
+    whole = (folder / "shard-all.h5").read_bytes()
+    (folder / "shard-all.h5").write_bytes(whole[: int(share * len(whole))])
+    refuse(lambda: Shards(folder), "shard-all.h5")
+
+
+def test_a_foreign_file_is_refused(folder):
+    (folder / "shard-all.h5").write_bytes(b"a letter\n" * 1000)
+    refuse(lambda: Shards(folder), "shard-all.h5")
+    with h5py.File(folder / "shard-all.h5", "w") as shard:
+        shard["x"] = 3
+    refuse(lambda: Shards(folder), "shard-all.h5", "schema None")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda shard, group: shard.attrs.update(schema=2),
+        lambda shard, group: shard.attrs.update(cqt="{"),
+        lambda shard, group: shard.attrs.update(cqt='{"n_bins": 0}'),
+        lambda shard, group: shard.attrs.update(cqt=json.dumps({**CQT.model_dump(), "n_bins": 35})),
+        lambda shard, group: shard.attrs.pop("cqt"),
+        lambda shard, group: group.attrs.update(n_frames=21),
+        lambda shard, group: group.attrs.pop("peak"),
+        lambda shard, group: group.pop("cqt"),
+        lambda shard, group: shard.create_dataset("f" * 32, data=[1]),
+    ],
+)
+def test_what_breaks_the_contract_is_refused(folder, tracks, damage):
+    with h5py.File(folder / "shard-all.h5", "r+") as shard:
+        damage(shard, shard[next(iter(tracks))])
+    refuse(lambda: Shards(folder), "shard-all.h5")
+
+
+def test_shards_of_different_parameters_are_refused(folder, tracks):
+    with shards.writing(folder / "shard-0.h5", CQT.model_copy(update={"gain": 3.0})):
+        pass
+    refuse(lambda: Shards(folder), "shard-all.h5", "other cqt parameters")
+
+
+@pytest.mark.parametrize("index", [None, "", "{", "[]", '{"lines": 3}', '{"lines": [[{}]]}', '{"lines": [[3]]}', '{"lines": null}'])
+def test_a_broken_index_is_refused(folder, index):
+    (folder / "index.json").unlink() if index is None else (folder / "index.json").write_text(index)
+    refuse(lambda: Shards(folder), "index.json")
+
+
+def test_a_track_that_no_shard_holds_is_refused(folder):
+    write_json(folder / "index.json", {"lines": [[{"key": "0" * 32}]]})
+    refuse(lambda: Shards(folder), "0" * 32)
+
+
+def test_a_shard_that_vanished_is_refused(folder, tracks):
+    read = Shards(folder)
+    os.unlink(folder / "shard-all.h5")
+    refuse(lambda: read.read(next(iter(tracks))), "shard-all.h5")
+    refuse(lambda: read_blocks(folder / "shard-all.h5", "0" * 32), "shard-all.h5")
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), shards.writing(tmp_path / "a.h5", CQT) as shard:
+        shards.add_track(shard, "0" * 32, [tiny.frames(5)], CQT.n_bins, "float16")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
