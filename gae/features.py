@@ -217,7 +217,7 @@ def validate(path):
 def _mapping(model):
     """The function from frames (context + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
     weights, sizes = model.weights, model.sizes
-    n_factors, n_bins = weights["filters_y"].shape
+    n_bins = weights["filters_y"].shape[1]
     filters_x = weights["filters_x"].T
     filters_y = weights["filters_y"].T * np.float32(sizes.input_scale**2)  # both inputs are scaled, and multiplied
     map_1, bias_1 = weights["map_1.weight"].T, weights["map_1.bias"]

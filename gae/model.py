@@ -71,16 +71,15 @@ class GatedAutoencoder(nn.Module):
         -------
         Tensor, shape (batch, ceil(n_frames / stride), n_factors)
         """
-        x = self.sizes.input_scale * x
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         # one matrix product over copied windows: faster than any convolution of full height
         windows = x.unfold(1, self.sizes.context, stride).transpose(2, 3).flatten(2)
-        return F.linear(windows, self.filters_x)
+        return F.linear(windows, self.filters_x) * self.sizes.input_scale
 
     def y_factors(self, y):
         """Filter responses to frames (batch, n_frames, n_bins): Tensor, shape (batch, n_frames, n_factors)."""
-        return F.linear(self.sizes.input_scale * y, self.filters_y)
+        return F.linear(y, self.filters_y) * self.sizes.input_scale
 
     def mapping(self, x, y):
         """The features: what relates y to the frames before it.
@@ -163,9 +162,11 @@ def contrast(queries, keys, temperature):
     ----------
     A. van den Oord, Y. Li, O. Vinyals: Representation Learning with Contrastive Predictive Coding, 2018.
     """
-    similarity = (F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT).float() / temperature
-    own = similarity.diagonal(dim1=-2, dim2=-1)
-    return ((similarity.logsumexp(-1) + similarity.logsumexp(-2)) / 2 - own).mean()
+    cosine = (F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT).float()
+    # no cosine exceeds 1: less 1 nothing overflows, and one exponential serves rows and columns
+    logits = cosine.mul(1 / temperature).sub_(1 / temperature)
+    likeness = logits.exp()
+    return ((likeness.sum(-1).log() + likeness.sum(-2).log()) / 2 - logits.diagonal(dim1=-2, dim2=-1)).mean()
 
 
 def save_model(path, model, cqt, **facts):

@@ -107,7 +107,7 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0, description="strength of the squared L2 norm of the filters; the original's is 0")
     shift: int = Field(48, ge=0, le=1000, description="largest transposition of x and y, in bins; the original's is 60")
     contrast: float = Field(0.3, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
-    temperature: float = Field(0.1, gt=0, le=10, description="temperature of the contrastive term")
+    temperature: float = Field(0.1, ge=0.02, le=10, description="temperature of the contrastive term")
     contrast_frames: int = Field(1024, ge=2, le=1_000_000, description="frames contrasted with each other; a step's frames are dealt into such groups")
     view_share: float = Field(0.5, ge=0, le=1, description="share of the excerpts whose positives come from another view")
     validation: float = Field(0.1, ge=0, le=0.5, description="share of the list held out to select the best weights by invariance")

@@ -34,9 +34,10 @@ def preprocess(params, index_file, out, staging):
         If a file changed since it was indexed, or can't be used and data.on_error is "stop".
     ListError
         If nothing usable is left of a list.
+    FormatError
+        If the index is missing or damaged.
     """
-    index = read_json(index_file)
-    lists = {Path(out) / role: index[role] for role in ("train", "convert")}
+    lists = {Path(out) / role: lines for role, lines in _read_index(index_file).items()}
     place = Path(staging) / digest([params.cqt.model_dump(), params.data.dtype])[:16]
     held = {folder: _tracks_in(folder, params) for folder in lists}
     staged = _tracks_in(place, params)
@@ -90,6 +91,14 @@ def compute_track(file, cqt, dtype, place):
     return None
 
 
+def _read_index(file):
+    try:
+        index = read_json(file)
+        return {role: index[role] for role in ("train", "convert")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FormatError(f"{file}: missing or damaged; run `dvc repro index`") from None
+
+
 def _tracks_in(folder, params):
     """The tracks that a folder holds already, made with these parameters: {key: shard}."""
     sweep(folder)
@@ -125,7 +134,8 @@ def _refuse(failure, on_error):
 
 
 def _remove(staging):
-    """Remove the staged tracks, those of other parameters too, and nothing else."""
+    """Remove the staged tracks, those of other parameters and half-written ones too, and nothing else."""
+    sweep(staging)
     for file in staging.glob("*/*.h5"):
         file.unlink()
     for folder in [*staging.glob("*"), staging]:

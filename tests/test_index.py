@@ -42,7 +42,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def look(**data):
-    index(params.validate({"data": {"train_list": "train.txt", "convert_list": "convert.txt", **data}, "cqt": CQT}), "index.json", "memory.json")
+    data = {"train_list": "train.txt", "convert_list": "convert.txt", **data}
+    index(params.validate({"data": data, "cqt": CQT, "compute": {"workers": 1}}), "index.json", "memory.json")
     return read_json("index.json")
 
 

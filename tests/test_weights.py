@@ -295,11 +295,11 @@ GREEDY = {
 
 
 WHY = {
-    "storage": "not a weights file",
+    **dict.fromkeys(["storage", "huge"], "not a weights file"),
     "deflated": "refused compressed entries",
     "number for a key": "refused a key that is no text",
     "long": "refused a pickle longer than any of weights",
-    **dict.fromkeys(["strides", "negative", "outside", "huge"], "refused a tensor that claims more numbers than it has"),
+    **dict.fromkeys(["strides", "negative", "outside"], "refused a tensor that claims more numbers than it has"),
 }
 
 
