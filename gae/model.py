@@ -169,8 +169,8 @@ def contrast(queries, keys, temperature):
     return ((likeness.sum(-1).log() + likeness.sum(-2).log()) / 2 - logits.diagonal(dim1=-2, dim2=-1)).mean()
 
 
-def save_model(path, model, cqt, **facts):
-    """Write a model file: weights, and all that is needed to go from audio to features.
+def save_model(path, model, cqt, dtype="float32", **facts):
+    """Write a model file: weights, and all that is needed to go from audio to features (`gae.modelfile` reads it).
 
     Parameters
     ----------
@@ -178,32 +178,14 @@ def save_model(path, model, cqt, **facts):
     model : GatedAutoencoder
     cqt : gae.params.Cqt
         How its frames are made.
+    dtype : {"float32", "float16"}
+        Type in which the weights are stored.
     **facts
         JSON-able values to keep with it: training parameters, digest of the data, metrics.
     """
     facts = {"schema": SCHEMA, "model": model.sizes.model_dump(), "cqt": cqt.model_dump(), **facts}
     # under one key: safetensors writes several in random order, and equal models must be equal files
     metadata = {"gae": json.dumps(facts, sort_keys=True)}
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu().to(getattr(torch, dtype)).contiguous() for name, tensor in model.state_dict().items()}
     with replacing(path) as partial:
         partial.write_bytes(save(weights, metadata=metadata))
-
-
-def load_model_file(path):
-    """Read a model file. Executes nothing in it.
-
-    Returns
-    -------
-    model : GatedAutoencoder
-        In evaluation mode, in float32.
-    cqt : gae.params.Cqt
-    facts : dict
-        All the metadata.
-
-    Raises
-    ------
-    FormatError
-        As `gae.modelfile.load_model`.
-    """
-    model = load_model(path)
-    return model.network, model.cqt, model.facts

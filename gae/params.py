@@ -114,6 +114,7 @@ class Train(Section):
     patience: int = Field(0, ge=0, description="validations without a better result after which training stops; 0 never stops early")
     averaging: float = Field(0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0 keeps the last")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of the matrix products")
+    dtype: Literal["float16", "float32"] = Field("float16", description="type in which the weights are stored")
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
     devices: int = Field(1, ge=1, le=1024, description="processes or GPUs on each host")
     nodes: int = Field(1, ge=1, le=1024, description="hosts")

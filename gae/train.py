@@ -210,7 +210,7 @@ class Run:
     def write(self, path, weights):
         """Write the model file."""
         facts = {"train": recipe_of(self.params.train), "data": self.data, "step": self.best_step, "metrics": self.history[-1]}
-        save_model(path, weights, self.shards.cqt, **facts)
+        save_model(path, weights, self.shards.cqt, self.params.train.dtype, **facts)
 
     def write_good(self, path):
         """Write the last weights that were sound."""

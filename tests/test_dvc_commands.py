@@ -1,0 +1,143 @@
+"""DVC's other commands on the tiny project: experiments, comparisons, and moving weights."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import boto3
+import pytest
+from project import Project, stages_that_ran
+
+AFTER_TRAINING = ["train", "convert", "evaluate", "plot"]
+
+
+@pytest.fixture(scope="module")
+def experiments(finished_project, tmp_path_factory):
+    """The project after an experiment in place, `wide`, and one from the queue, `half`; with what the commands printed."""
+    project = finished_project.copy(tmp_path_factory.mktemp("experiments") / "gae")
+    project.printed = {"wide": project.run("dvc", "exp", "run", "-n", "wide", "-S", "model.n_maps=128")}
+    project.run("dvc", "exp", "run", "--queue", "-n", "half", "-S", "convert.dtype=float16")
+    project.run("dvc", "queue", "start")
+    try:
+        _wait_for_queue(project)
+        project.printed["half"] = project.run("dvc", "queue", "logs", "half")
+    finally:
+        project.run("dvc", "queue", "stop")
+    return project
+
+
+def _wait_for_queue(project):
+    for _ in range(600):
+        status = project.run("dvc", "queue", "status")
+        if "Running" not in status and "Queued" not in status:
+            break
+        time.sleep(0.5)
+    assert "Success" in status, status + project.run("dvc", "queue", "logs", "half")
+
+
+def test_an_experiment_does_not_preprocess_again(experiments):
+    assert stages_that_ran(experiments.printed["wide"]) == ["index", *AFTER_TRAINING]
+
+
+def test_a_queued_experiment_runs_in_a_copy_of_the_repository(experiments):
+    # based on the workspace, in which `wide` is applied
+    assert stages_that_ran(experiments.printed["half"]) == ["index", "convert", "plot"]
+    assert "convert.dtype=float16" not in (experiments / "params.yaml").read_text()
+    features = json.loads(experiments.run("dvc", "exp", "show", "--json"))
+    assert "half" in json.dumps(features)
+
+
+def test_experiments_are_shown_with_parameters_and_metrics(experiments):
+    rows = experiments.run("dvc", "exp", "show", "--csv", "--no-pager").splitlines()
+    header = rows[0].split(",")
+    table = {row.split(",")[0] or row.split(",")[1]: dict(zip(header, row.split(","), strict=True)) for row in rows[1:]}
+    assert table["main"]["model.n_maps"] == "8" and table["wide"]["model.n_maps"] == "128"
+    assert table["half"]["convert.dtype"] == "float16" and table["wide"]["convert.dtype"] == "float32"
+    assert {"loss", "frames_per_second", "gae.top1", "gae.top1_stacked", "chroma.top1", "reconstruction_error", "times_real_time"} <= set(
+        header
+    )
+
+
+def test_metrics_and_parameters_of_experiments_are_compared(experiments):
+    assert experiments.run("dvc", "params", "diff", "main", "wide").split() == "Path Param main wide params.yaml model.n_maps 8 128".split()
+    differences = json.loads(experiments.run("dvc", "metrics", "diff", "main", "wide", "--json"))
+    loss = differences["models/metrics.json"]["loss"]
+    assert loss["old"] != loss["new"]
+    assert "gae.top1" in experiments.run("dvc", "metrics", "diff", "--all", "wide", "half")
+    shown = experiments.run("dvc", "metrics", "show")
+    assert "gae.top1_stacked" in shown and "models/metrics.json" in shown
+    assert max(map(len, shown.splitlines())) < 300  # fits a screen
+
+
+def test_plots_show_curves_and_images_side_by_side(experiments):
+    experiments.run("dvc", "plots", "show", "--out", "shown")
+    page = (experiments / "shown/index.html").read_text()
+    assert "plots_training_plots_metrics_loss_tsv" in page and '"step"' in page
+    assert "static/workspace_plots_figures_reconstruction.png" in page
+
+    printed = experiments.run("dvc", "plots", "diff", "main", "wide", "--out", "compared")
+    page = (experiments / "compared/index.html").read_text()
+    assert "WARNING" not in printed
+    for revision in ("main", "wide"):
+        assert f'"rev": "{revision}"' in page
+        assert f"static/{revision}_plots_figures_reconstruction.png" in page
+        assert (experiments / f"compared/static/{revision}_plots_figures_reconstruction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_travel_by_the_default_remote(finished_project, tmp_path):
+    project = finished_project.copy(tmp_path / "gae")
+    assert "1 file pushed" in project.run("dvc", "push", "models/gae.safetensors")
+    assert (tmp_path / "gae-storage").is_dir()
+    clone = _clone(project, tmp_path / "clone")
+    assert clone.run("dvc", "pull", "models/gae.safetensors").split() == "A models/gae.safetensors 1 file added and 1 file fetched".split()
+    assert (clone / "models/gae.safetensors").read_bytes() == (project / "models/gae.safetensors").read_bytes()
+
+
+def test_weights_travel_by_s3(finished_project, s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    boto3.client("s3", endpoint_url=s3, region_name="us-east-1").create_bucket(Bucket="weights")
+    project = finished_project.copy(tmp_path / "gae")
+    project.run("dvc", "remote", "add", "--default", "--force", "storage", "s3://weights/gae")
+    project.run("dvc", "remote", "modify", "storage", "endpointurl", s3)
+    project.commit()
+    assert "1 file pushed" in project.run("dvc", "push", "models/gae.safetensors")
+    clone = _clone(project, tmp_path / "clone")
+    clone.run("dvc", "pull", "models/gae.safetensors")
+    assert (clone / "models/gae.safetensors").read_bytes() == (project / "models/gae.safetensors").read_bytes()
+
+
+@pytest.fixture
+def s3():
+    """The address of an S3 server on the loopback interface."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        _wait_for_port(port, server)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_for_port(port, server):
+    for _ in range(600):
+        assert server.poll() is None, "moto_server ended at once"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError("moto_server does not answer")
+
+
+def _clone(project, folder):
+    """A fresh clone, beside the project."""
+    project.run("git", "clone", "--quiet", os.fspath(project.folder), os.fspath(folder))
+    return Project(folder)
