@@ -142,14 +142,9 @@ def convert_list(shards, index_file, weights, out, params):
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     counts = map_tracks(convert_track, jobs, params.compute, "convert", (str(weights), model.sha256, str(out), params.convert.dtype))
-    tracks = [{"path": job["source"], "file": job["file"], "key": job["key"], "n_frames": n} for job, n in zip(jobs, counts, strict=True)]
-    skipped = [file for file in index["skipped"] if file["list"] == params.data.convert_list]
-    skipped += [
-        {"path": path, "list": params.data.convert_list, "line": None, "reason": f"{path}: no frames of it; see what preprocess says"}
-        for path in listed
-        if path not in frames
-    ]
     _forget(out, {job["file"] for job in jobs})
+    tracks = [{"path": job["source"], "file": job["file"], "key": job["key"], "n_frames": n} for job, n in zip(jobs, counts, strict=True)]
+    skipped = _skipped(index, listed.keys() - frames.keys(), params.data.convert_list)
     write_json(out / "index.json", {"schema": SCHEMA, "model_sha256": model.sha256, "tracks": tracks, "skipped": skipped})
 
 
@@ -249,6 +244,13 @@ def _read_index(file):
         return {"convert": index["convert"], "skipped": index["skipped"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise FormatError(f"{file}: missing or damaged; run `dvc repro index`") from None
+
+
+def _skipped(index, without_frames, convert_list):
+    """What the list names and is not converted: found when it was indexed, or later when its frames were computed."""
+    reason = "its frames could not be computed; see the warnings of preprocess"
+    late = [{"path": path, "list": convert_list, "line": None, "reason": f"{path}: {reason}"} for path in sorted(without_frames)]
+    return [file for file in index["skipped"] if file["list"] == convert_list] + late
 
 
 def _same_cqt(models, shards, weights, folder):

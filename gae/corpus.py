@@ -66,11 +66,8 @@ KINDS = (
         (84, 144),
         (
             ("Joseph Haydn", "haydn/*/*.mxl"),
-            ("Wolfgang Amadeus Mozart", "mozart/k80/*.mxl"),
-            ("Wolfgang Amadeus Mozart", "mozart/k15?/*.mxl"),
-            ("Wolfgang Amadeus Mozart", "mozart/k458/*.mxl"),
-            ("Ludwig van Beethoven", "beethoven/*.mxl"),
-            ("Ludwig van Beethoven", "beethoven/*/*.mxl"),
+            ("Wolfgang Amadeus Mozart", "mozart/k[148]*/*.mxl"),
+            ("Ludwig van Beethoven", "beethoven/**/*.mxl"),
             ("Robert Schumann", "schumann_robert/opus41no1/*.mxl"),
         ),
     ),
@@ -206,6 +203,7 @@ class Score:
         """The score up to a time in quarter notes."""
         notes = self.notes[self.notes["onset"] < end]
         notes["length"] = np.minimum(notes["length"], end - notes["onset"])
+        notes["part"] = _renumber(notes["part"])
         return replace(self, notes=notes)
 
 
@@ -238,7 +236,7 @@ def read_score(piece):
             raise Unplayable(f"music21 can't read it ({type(error).__name__})") from error
     notes = np.sort(np.array(notes, NOTE), order=["onset", "part", "pitch"])
     _check(notes)
-    notes["part"] = np.unique(notes["part"], return_inverse=True)[1] % _CHANNELS
+    notes["part"] = _renumber(notes["part"]) % _CHANNELS
     begun = np.isin(beats.round(3), notes["onset"].round(3))
     return Score(_title(piece), piece.composer or _composer(score), tempo, notes, beats[begun])
 
@@ -287,6 +285,11 @@ def _beats(part):
         upbeat = -float(measure.paddingLeft) % step
         beats.append(float(measure.offset) + np.arange(upbeat, float(measure.duration.quarterLength) - 1e-3, step))
     return np.concatenate(beats)
+
+
+def _renumber(parts):
+    """Numbers of parts without gaps: a part may be silent throughout."""
+    return np.unique(parts, return_inverse=True)[1]
 
 
 def _tempo_mark(score):

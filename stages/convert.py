@@ -7,7 +7,7 @@ from gae.convert import convert_list
 if __name__ == "__main__":
     with stage(
         __doc__,
-        reads=["convert", "compute"],
+        reads=["convert", "data.convert_list", "compute"],
         shards="data/shards/convert",
         index="data/index.json",
         out="features",

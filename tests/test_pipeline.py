@@ -59,7 +59,7 @@ def test_what_depends_reruns_and_nothing_else(name, changed):
 def test_one_more_track_costs_the_work_of_one_and_goes_without_trace(changed, finished_project, tmp_path):
     more = changed("line of the conversion list")
     project = more.project.copy(tmp_path / "gae")
-    assert re.findall(r"frames: 100%.* (\d+/\d+) ", more.printed) == ["1/1"]
+    assert set(re.findall(r"frames: 100%.* (\d+/\d+) ", more.printed)) == {"1/1"}
     kept = finished_project / "features/b.h5", project / "features/b.h5"
     assert kept[0].stat().st_mtime_ns == kept[1].stat().st_mtime_ns
     assert set(project.files("features")) == {"b.h5", "c.h5", "index.json"}
