@@ -119,12 +119,12 @@ FAMILIES = {
     "keyboard": (6, 7, 10, 11),
     "organ": (16, 18, 19, 20),  # the first three with a stop an octave below
     "plucked": (24, 25, 26, 27, 45, 46, 104, 105, 107),
-    "strings": (40, 41, 42, 43, 110),
-    "ensemble": (44, 48, 52, 53),
+    "strings": (40, 41, 42, 43, 44, 48, 110),
+    "voice": (53, 85),
     "brass": (56, 57, 58, 59, 60, 61, 62, 63),
     "reed": (64, 66, 69, 70, 71, 109, 111),
     "pipe": (72, 73, 74, 75),
-    "synth": (79, 80, 81, 82, 83, 85, 90, 94),
+    "synth": (79, 80, 81, 82, 83, 90, 94),
 }
 FAMILY_SHARES = {"piano": 4.0}  # 1 for the others
 

@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from gae import audio
+from gae.batches import transpose
 from gae.compute import map_tracks
 from gae.convert import convert_file
 from gae.cqt import compress, magnitude_blocks, standardise
@@ -20,7 +20,6 @@ from gae.errors import FormatError, ParamsError
 from gae.features import extract_frames
 from gae.files import read_json, write_json
 from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, stack
-from gae.model import transpose
 from gae.modelfile import load_model
 
 LABELS = {
@@ -143,7 +142,6 @@ def judge(item, corpus, model, settings, shift):
     }
 
 
-@torch.no_grad()
 def reconstruction_error(frames, network, shift, rng):
     """How well the mapping of a passage rebuilds the same passage in another key.
 
@@ -162,17 +160,20 @@ def reconstruction_error(frames, network, shift, rng):
     float
         0 is perfect, 1 is what silence gives.
     """
-    frames = torch.from_numpy(frames)
-    x = torch.cat([frames[:1].expand(network.sizes.context, -1), frames])[:-1]
+    import torch  # not above: it takes a second, and the processes that import this module need not
+
+    x = np.concatenate([np.repeat(frames[:1], network.sizes.context, axis=0), frames])[:-1]
     error = power = 0.0
     for start in range(0, len(frames), _EXCERPT):
         y = frames[start : start + _EXCERPT]
         before = x[start : start + len(y) + network.sizes.context - 1]
-        bins = rng.integers(-shift, shift + 1)
+        bins = int(rng.integers(-shift, shift + 1))
         target = transpose(y, bins)
-        rebuilt = network.reconstruct(network.mapping(before[None], y[None]), transpose(before, bins)[None])[0]
-        error += float((rebuilt - target).square().sum())
-        power += float(target.square().sum())
+        given = [torch.from_numpy(array)[None] for array in (before, y, transpose(before, bins))]
+        with torch.no_grad():
+            rebuilt = network.reconstruct(network.mapping(*given[:2]), given[2])[0].numpy()
+        error += float(np.square(rebuilt - target).sum())
+        power += float(np.square(target).sum())
     return error / power if power else 0.0
 
 
@@ -222,7 +223,7 @@ def _represent(path, model, k):
     magnitudes = np.concatenate(list(magnitude_blocks(audio.blocks(path, cqt.sample_rate), cqt)))
     compressed = compress(magnitudes, magnitudes.max(), cqt)
     frames, folded = standardise(compressed), chroma(magnitudes, cqt)
-    shifted_back = transpose(torch.from_numpy(compressed), -round(k * cqt.bins_per_octave / 12)).numpy()
+    shifted_back = transpose(compressed, -round(k * cqt.bins_per_octave / 12))
     return {
         "gae": extract_frames(frames, model),
         "cqt_shifted_back": standardise(shifted_back),

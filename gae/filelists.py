@@ -40,14 +40,8 @@ def read_list(file):
     ListError
         If the list is missing, not text, or a line names a file that does not exist.
     """
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise ListError(f"{file}: no such list; write one audio path a line, or name another in params.yaml") from None
-    except UnicodeDecodeError:
-        raise ListError(f"{file}: not UTF-8 text; a list holds one audio path a line") from None
     seen, lines = set(), []
-    for number, text_line in enumerate(text.splitlines(), start=1):
+    for number, text_line in enumerate(_text_lines(file), start=1):
         for paths in _expand(text_line, f"{file}, line {number}"):
             if paths in seen:
                 warn(f"{file}, line {number}: {paths[0]} is listed before; used once")
@@ -55,6 +49,23 @@ def read_list(file):
             seen.add(paths)
             lines.append(Line(paths, number))
     return lines
+
+
+def check_list(file, coming):
+    """Raise what `read_list` would raise, but for what is to come into the folder `coming`."""
+    for number, text_line in enumerate(_text_lines(file), start=1):
+        for column in _columns(text_line):
+            if Path(coming) not in Path(column).parents:
+                _files(column, f"{file}, line {number}")
+
+
+def _text_lines(file):
+    try:
+        return Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (FileNotFoundError, IsADirectoryError):
+        raise ListError(f"{file}: no such list; write one audio path a line, or name another in params.yaml") from None
+    except UnicodeDecodeError:
+        raise ListError(f"{file}: not UTF-8 text; a list holds one audio path a line") from None
 
 
 def _expand(text, where):

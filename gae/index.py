@@ -43,6 +43,8 @@ def index(params, out, remembered):
     problems = {path: problem for path in paths if (problem := _problem(path, findings[path], params.cqt))}
     if problems and params.data.on_error == "stop":
         raise AudioError(next(iter(problems.values())) + " (data.on_error is stop)")
+    for path, problem in problems.items():
+        warn(f"skipped {problem}" if problem.startswith(path) else f"skipped {path}: {problem}")
 
     names = {"train": params.data.train_list, "convert": params.data.convert_list}
     result = {"schema": _VERSION, "skipped": []}
@@ -62,8 +64,6 @@ def index(params, out, remembered):
         result[role] = usable
     # a file to convert stands on its own, whatever line it was on
     result["convert"] = [[file] for line in result["convert"] for file in line]
-    for path, problem in problems.items():
-        warn(f"skipped {problem}" if problem.startswith(path) else f"skipped {path}: {problem}")
     write_json(out, result)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gae.files import replacing
-from gae.modelfile import SCHEMA, load_model
+from gae.modelfile import SCHEMA
 
 
 class GatedAutoencoder(nn.Module):

@@ -51,7 +51,7 @@ class Cqt(Section):
     fmin: float = Field(65.4, ge=1, description="frequency of the lowest bin, in Hz")
     n_bins: int = Field(120, ge=2, le=2000, description="number of bins")
     bins_per_octave: int = Field(24, ge=1, le=240, description="bins an octave")
-    compression: Literal["log", "none"] = Field("log", description="magnitudes before standardising: log(1 + gain c / max c), or as they are")
+    compression: Literal["log", "none"] = Field("log", description="of the magnitudes c: log(1 + gain c / max c), or none")
     gain: float = Field(200.0, gt=0, le=1e6, description="gain of the logarithm, relative to the track's largest magnitude")
 
     @property
@@ -76,7 +76,7 @@ class Model(Section):
     n_factors: int = Field(256, ge=1, le=16384, description="filter pairs whose products are the factors")
     n_hidden: int = Field(128, ge=1, le=16384, description="units of the lower mapping layer")
     n_maps: int = Field(64, ge=1, le=16384, description="units of the top mapping layer: the features")
-    context: int = Field(17, ge=1, le=255, description="frames of context x before the frame y, odd; the original's is 9")
+    context: int = Field(21, ge=1, le=255, description="frames of context x before the frame y, odd; the original's is 9")
     input_scale: float = Field(10.0, gt=0, le=1000, description="factor on the frames; 1 is the original's, 10 leaves the plateau early")
 
     @model_validator(mode="after")
@@ -96,7 +96,7 @@ class Train(Section):
     batch: int = Field(128, ge=1, le=65536, description="excerpts a step, over all devices")
     block: int = Field(64, ge=2, le=65536, description="frames that an excerpt spans; longer than model.context")
     stride: int = Field(4, ge=1, le=1024, description="use every stride-th frame of an excerpt: neighbours teach little")
-    optimiser: Literal["muon", "adam"] = Field("muon", description="of the filters and mapping layers; biases always take Adam; the original's is adam")
+    optimiser: Literal["muon", "adam"] = Field("muon", description="of all but the biases, which take Adam; the original's is adam")
     learning_rate: float = Field(1.5e-3, gt=0, le=1, description="peak learning rate of Adam")
     muon_rate: float = Field(0.02, gt=0, le=1, description="peak learning rate of Muon")
     schedule: Literal["one-cycle", "constant"] = Field("one-cycle", description="course of the learning rate")
@@ -105,10 +105,10 @@ class Train(Section):
     filter_norm: float = Field(0.4, gt=0, le=100, description="L2 norm to which each filter is scaled after each step")
     sparsity: float = Field(0.0, ge=0, description="strength of Lee's sparsity and selectivity term; the original's is 1e-5")
     weight_decay: float = Field(0.0, ge=0, description="strength of the squared L2 norm of the filters; the original's is 0")
-    shift: int = Field(48, ge=0, le=1000, description="largest transposition of x and y, in bins; the original's is 60")
-    contrast: float = Field(0.3, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
+    shift: int = Field(24, ge=0, le=1000, description="largest transposition of x and y, in bins; the original's is 60")
+    contrast: float = Field(0.1, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
     temperature: float = Field(0.1, ge=0.02, le=10, description="temperature of the contrastive term")
-    contrast_frames: int = Field(1024, ge=2, le=1_000_000, description="frames contrasted with each other; a step's frames are dealt into such groups")
+    contrast_frames: int = Field(1024, ge=2, le=1_000_000, description="frames that are contrasted with each other, in groups of this size")
     view_share: float = Field(0.5, ge=0, le=1, description="share of the excerpts whose positives come from another view")
     validation: float = Field(0.1, ge=0, le=0.5, description="share of the list held out to select the best weights by invariance")
     patience: int = Field(0, ge=0, description="validations without a better result after which training stops; 0 never stops early")
@@ -294,7 +294,8 @@ def _allowed(loc):
         return " or ".join(str(choice) for choice in get_args(field.annotation))
     words = {int: "an integer", float: "a number", str: "a text"}[field.annotation]
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "of the form", "min_length": "of length >="}
-    limits = [f"{sign} {getattr(rule, name)}" for rule in field.metadata for name, sign in signs.items() if getattr(rule, name, None) is not None]
+    rules = [(sign, getattr(rule, name, None)) for rule in field.metadata for name, sign in signs.items()]
+    limits = [f"{sign} {limit}" for sign, limit in rules if limit is not None]
     return " ".join([words, " and ".join(limits)]).strip() + f" (default {field.default})"
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
@@ -23,7 +22,6 @@ from gae.evaluate import LABELS, TOLERANCES, heldout_file, heldout_pieces
 from gae.features import extract_frames
 from gae.files import read_json, replacing
 from gae.measures import pool, stack, unit
-from gae.model import transpose
 from gae.modelfile import load_model
 from gae.params import Plot
 from gae.shards import Shards
@@ -458,14 +456,18 @@ def _draw_heldout(corpus, model, path, plot):
     draw_transposition(original[passage], transposed[passage], piece["k"], cqt, piece["id"], path, plot)
 
 
-@torch.no_grad()
 def _rebuild(frames, network, bins):
     """Frames transposed by some bins, and the same as the network rebuilds them: the mapping of the frames as they
     are, applied to the transposed context.
     """
-    y = torch.from_numpy(frames)[None].to(network.filters_y.device)
-    x = torch.cat([y[:, :1].expand(-1, network.sizes.context, -1), y], dim=1)[:, :-1]
-    rebuilt = network.reconstruct(network.mapping(x, y), transpose(x, bins))
+    import torch  # not above: it takes a second, and the processes that draw tracks do without
+
+    from gae.model import transpose
+
+    with torch.no_grad():
+        y = torch.from_numpy(frames)[None].to(network.filters_y.device)
+        x = torch.cat([y[:, :1].expand(-1, network.sizes.context, -1), y], dim=1)[:, :-1]
+        rebuilt = network.reconstruct(network.mapping(x, y), transpose(x, bins))
     return transpose(y, bins)[0].cpu().numpy(), rebuilt[0].cpu().numpy()
 
 

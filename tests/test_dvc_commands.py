@@ -62,7 +62,8 @@ def test_experiments_are_shown_with_parameters_and_metrics(experiments):
 
 
 def test_metrics_and_parameters_of_experiments_are_compared(experiments):
-    assert experiments.run("dvc", "params", "diff", "main", "wide").split() == "Path Param main wide params.yaml model.n_maps 8 128".split()
+    compared = experiments.run("dvc", "params", "diff", "main", "wide").splitlines()
+    assert [row.split() for row in compared] == [["Path", "Param", "main", "wide"], ["params.yaml", "model.n_maps", "8", "128"]]
     differences = json.loads(experiments.run("dvc", "metrics", "diff", "main", "wide", "--json"))
     loss = differences["models/metrics.json"]["loss"]
     assert loss["old"] != loss["new"]
@@ -92,7 +93,7 @@ def test_weights_travel_by_the_default_remote(finished_project, tmp_path):
     assert "1 file pushed" in project.run("dvc", "push", "models/gae.safetensors")
     assert (tmp_path / "gae-storage").is_dir()
     clone = _clone(project, tmp_path / "clone")
-    assert clone.run("dvc", "pull", "models/gae.safetensors").split() == "A models/gae.safetensors 1 file added and 1 file fetched".split()
+    assert "1 file fetched" in clone.run("dvc", "pull", "models/gae.safetensors")
     assert (clone / "models/gae.safetensors").read_bytes() == (project / "models/gae.safetensors").read_bytes()
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gae.errors import ListError
-from gae.filelists import read_list
+from gae.filelists import check_list, read_list
 
 FILES = [
     "a.wav",
@@ -211,3 +211,13 @@ def test_any_text_gives_files_or_one_line(folder, text):
             assert line.paths and all(os.path.isfile(path) for path in line.paths) and 1 <= line.number <= len(text.splitlines())
     except ListError as error:
         assert len(str(error).splitlines()) == 1 and "list.txt, line " in str(error)
+
+
+def test_only_what_is_to_come_may_be_missing(folder):
+    (folder / "early.txt").write_text("made/*/1.flac\tmade/*/2.flac\n\nmusic/one.wav  # is there\n")
+    check_list("early.txt", "made")
+    with pytest.raises(ListError, match=r"early\.txt, line 1: no file matches made/\*/1\.flac"):
+        read_list("early.txt")
+    (folder / "early.txt").write_text("made/*/1.flac\nmusic/three.wav\n")
+    with pytest.raises(ListError, match=r"early\.txt, line 2: no such file: music/three\.wav"):
+        check_list("early.txt", "made")

@@ -31,7 +31,7 @@ def staged(place, n, dtype="float32"):
         files[key] = place / f"{key}.h5"
         with shards.writing(files[key], CQT) as shard:
             facts = {"path": f"{number}.wav", "duration": 1.5 * number, "peak": number / 4}
-            written = shards.add_track(shard, key, [frames_of(number)[:7], frames_of(number)[7:]], CQT.n_bins, dtype, **facts)
+            written = shards.add_track(shard, key, np.split(frames_of(number), [0, 7, 7]), CQT.n_bins, dtype, **facts)
             assert written == 20 + 30 * number
     return files
 

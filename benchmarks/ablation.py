@@ -1,0 +1,85 @@
+"""What each choice of the default recipe is worth: one DVC experiment for each choice taken back or varied.
+
+    python benchmarks/ablation.py [--steps 800] [--seeds 1 2 3] [--only NAME ...] [--out docs/ablation.json]
+
+Run it from the root of a clean checkout; every experiment stays in `dvc exp show`. All train for the same number of steps.
+The table is printed after each experiment, so an interrupted run has shown all that it measured.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from gae.files import read_json, write_json
+
+VARIATIONS = {
+    "default": [],
+    "reconstruction-only": ["train.contrast=0"],
+    "original-objective": ["train.objective=reconstruction", "train.sparsity=1e-5", "train.shift=60", "train.dropout=0.5"],
+    "no-compression": ["cqt.compression=none"],
+    "gain-1000": ["cqt.gain=1000"],
+    "input-scale-1": ["model.input_scale=1"],
+    "adam": ["train.optimiser=adam"],
+    "no-averaging": ["train.averaging=0"],
+    "constant-rate": ["train.schedule=constant"],
+    "dropout-0.5": ["train.dropout=0.5"],
+    "16-long-excerpts": ["train.batch=16", "train.block=128", "train.stride=1"],
+    "no-views": ["train.view_share=0"],
+    "contrast-0.3": ["train.contrast=0.3"],
+    "contrast-1": ["train.contrast=1"],
+    "temperature-0.05": ["train.temperature=0.05"],
+    "context-9": ["model.context=9"],
+    "context-17": ["model.context=17"],
+    "context-33": ["model.context=33"],
+    "maps-32": ["model.n_maps=32"],
+    "maps-128": ["model.n_maps=128"],
+    "factors-128": ["model.n_factors=128"],
+    "factors-512": ["model.n_factors=512"],
+    "hop-896": ["cqt.hop_length=896"],
+}
+
+
+def run(name, overrides, seed, steps):
+    """Run one experiment up to its evaluation and return its figures."""
+    settings = [f"train.steps={steps}", f"train.seed={seed}", *overrides]
+    options = [word for setting in settings for word in ("-S", setting)]
+    subprocess.run(["dvc", "exp", "run", "-n", f"{name}-seed-{seed}", *options, "evaluate"], check=True, stdout=sys.stderr)
+    metrics, full = read_json("metrics.json"), read_json("evaluation.json")
+    return {
+        "top1": metrics["gae"]["top1"],
+        "top1_stacked": metrics["gae"]["top1_stacked"],
+        "se": full["invariance"]["gae"]["top1_se"],
+        "beats_100ms": metrics["gae"]["beats_100ms"],
+        "reconstruction_error": metrics["reconstruction_error"],
+    }
+
+
+def table(results):
+    """The results as a Markdown table: means over the seeds."""
+    lines = ["| experiment | seeds | top-1, 1 frame | 8 frames | beats within 100 ms | reconstruction error |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, by_seed in results.items():
+        rows = list(by_seed.values())
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        spread = f" ({min(row['top1'] for row in rows):.1f} to {max(row['top1'] for row in rows):.1f})" if len(rows) > 1 else ""
+        lines.append(
+            f"| {name} | {len(rows)} | {means['top1']:.1f}{spread} | {means['top1_stacked']:.1f} "
+            f"| {means['beats_100ms']:.1f} | {means['reconstruction_error']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--only", nargs="+", default=list(VARIATIONS), choices=VARIATIONS)
+    parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
+    given = parser.parse_args()
+    results = read_json(given.out) if given.out.exists() else {}
+    for seed in given.seeds:
+        for name in given.only:
+            if str(seed) not in results.get(name, {}):
+                results.setdefault(name, {})[str(seed)] = run(name, VARIATIONS[name], seed, given.steps)
+                write_json(given.out, results)
+                print(table(results), flush=True)

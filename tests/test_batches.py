@@ -1,0 +1,227 @@
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gae import batches as module
+from gae.batches import Excerpts, long_enough, transpose
+from gae.errors import TrainingError
+from gae.params import Train
+from gae.shards import Shards
+
+BINS, CONTEXT = tiny.CQT.n_bins, 5
+LENGTHS = [(60,), (300,), (90, 90, 80), (2100, 2100)]
+SIDES = ("x1", "y1", "x2", "y2")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Four performances, two of them in several views. The bins of a frame tell where it is from: line, view, and when."""
+    folder = tmp_path_factory.mktemp("batches") / "shards"
+    lines = [[numbered(line, view, n) for view, n in enumerate(lengths)] for line, lengths in enumerate(LENGTHS)]
+    tiny.write_shards(folder, lines)
+    with Shards(folder) as shards:
+        yield shards
+
+
+def numbered(line, view, n_frames):
+    frames = np.zeros((n_frames, BINS), np.float32)
+    frames[:, 17], frames[:, 18], frames[:, 19] = 1 + line, 1 + view, 1 + np.arange(n_frames)
+    return frames
+
+
+def origin(frames):
+    """Line, view and first frame of numbered frames, and by how many bins they were shifted."""
+    bins = np.flatnonzero(frames.any(axis=0))
+    shift = bins[0] - 17
+    assert bins.tolist() == [17 + shift, 18 + shift, 19 + shift]
+    line, view, times = frames[:, bins].T
+    assert len(set(line)) == len(set(view)) == 1
+    return int(line[0]) - 1, int(view[0]) - 1, times.astype(int) - 1, shift
+
+
+def excerpts(shards, rank=0, world=1, **settings):
+    settings = {"block": 24, "batch": 6, "stride": 1, "dropout": 0.0, "shift": 16, **settings}
+    return Excerpts(shards, shards.lines, CONTEXT, Train(**settings), rank, world)
+
+
+def equal(one, other):
+    return all(np.array_equal(getattr(one, side), getattr(other, side)) for side in SIDES)
+
+
+@pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
+@pytest.mark.parametrize("stride", [1, 4, 7])
+def test_x_is_the_context_directly_before_y(shards, objective, stride):
+    made = excerpts(shards, objective=objective, stride=stride)
+    for step in range(10):
+        batch = made.batch(step)
+        for x, y in [*zip(batch.x1, batch.y1, strict=True), *zip(batch.x2, batch.y2, strict=True)]:
+            assert x.shape == (24 + CONTEXT - 1, BINS) and y.shape == (-(-24 // stride), BINS)
+            assert x.dtype == y.dtype == np.float32
+            x_line, x_view, x_times, x_shift = origin(x)
+            y_line, y_view, y_times, y_shift = origin(y)
+            assert (x_line, x_view, x_shift) == (y_line, y_view, y_shift)
+            assert np.array_equal(x_times, x_times[0] + np.arange(len(x)))
+            assert np.array_equal(y_times, x_times[0] + CONTEXT + stride * np.arange(len(y)))
+            assert 0 <= x_times[0] and y_times[-1] < min(LENGTHS[x_line])
+
+
+def drawn(made, n_steps):
+    """Origins of both sides of all excerpts of some steps."""
+    for step in range(n_steps):
+        batch = made.batch(step)
+        for y1, y2 in zip(batch.y1, batch.y2, strict=True):
+            yield step, origin(y1), origin(y2)
+
+
+def test_the_sides_of_invariance_are_one_excerpt_at_two_shifts(shards):
+    shifts_1, shifts_2 = [], []
+    for _, (line_1, _, times_1, shift_1), (line_2, _, times_2, shift_2) in drawn(excerpts(shards), 60):
+        assert line_1 == line_2 and np.array_equal(times_1, times_2)
+        shifts_1.append(shift_1)
+        shifts_2.append(shift_2)
+    assert set(shifts_1) == set(shifts_2) == set(range(-16, 17))
+    assert abs(np.corrcoef(shifts_1, shifts_2)[0, 1]) < 0.15
+
+
+def test_the_originals_sides_are_one_excerpt_and_one_shift_for_the_whole_batch(shards):
+    shifts = {}
+    for step, (line_1, view_1, times_1, shift_1), (line_2, view_2, times_2, shift_2) in drawn(excerpts(shards, objective="reconstruction"), 200):
+        assert (line_1, view_1) == (line_2, view_2) and np.array_equal(times_1, times_2) and shift_1 == 0
+        assert shifts.setdefault(step, shift_2) == shift_2
+    assert set(shifts.values()) == set(range(-16, 17))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_positives_come_from_another_view_at_the_asked_share(shards, share):
+    pairs = [(view_1, view_2) for _, (line, view_1, *_), (_, view_2, *_) in drawn(excerpts(shards, view_share=share), 150) if line >= 2]
+    assert np.mean([one != other for one, other in pairs]) == pytest.approx(share, abs=0.05)
+    used = {view for pair in pairs for view in pair}
+    assert used == {0, 1, 2}
+
+
+def test_lines_are_drawn_by_their_length(shards):
+    lines = [line for _, (line, *_), _ in drawn(excerpts(shards), 150)]
+    lengths = np.array([min(views) for views in LENGTHS])
+    assert np.allclose(np.bincount(lines, minlength=4) / len(lines), lengths / lengths.sum(), atol=0.04)
+
+
+def test_every_excerpt_of_a_line_is_drawn(shards):
+    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=24, batch=6, stride=1, shift=5))
+    assert {times[0] for _, (_, _, times, _), _ in drawn(made, 100)} == set(range(CONTEXT, 60 - 24 + 1))
+
+
+def test_what_is_shifted_out_is_gone(shards):
+    batch = excerpts(shards, shift=200, batch=32).batch(0)
+    assert any(not y.any() for y in batch.y1)
+
+
+def test_draws_follow_from_the_seed_and_the_step_alone(shards):
+    first, second = excerpts(shards, dropout=0.5), excerpts(shards, dropout=0.5)
+    later = second.batch(7)
+    for step in range(8):
+        batch = first.batch(step)
+    assert equal(batch, later) and not equal(batch, first.batch(6))
+    assert not equal(batch, excerpts(shards, dropout=0.5, seed=2).batch(7))
+    ahead = list(first.batches(5, 8))
+    assert len(ahead) == 3 and equal(ahead[2], later) and list(first.batches(8, 8)) == []
+
+
+@pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_together_see_what_one_sees(shards, objective, world):
+    whole = excerpts(shards, objective=objective, dropout=0.5).batch(3)
+    for rank in range(world):
+        part = excerpts(shards, rank, world, objective=objective, dropout=0.5).batch(3)
+        assert all(np.array_equal(getattr(whole, side)[rank::world], getattr(part, side)) for side in SIDES)
+
+
+def test_the_common_shift_does_not_depend_on_the_first_excerpt(shards):
+    """Else the transposition of a batch would tell which line its first excerpt is from."""
+    made = excerpts(shards, objective="reconstruction", shift=2)
+    draws = [(made.batch(step).y1[0], made.batch(step).y2[0]) for step in range(300)]
+    origins = [(origin(y1)[0], origin(y2)[3]) for y1, y2 in draws]
+    for line in (1, 3):
+        shifts = [shift for drawn_line, shift in origins if drawn_line == line]
+        assert len(shifts) > 30 and set(shifts) == set(range(-2, 3))
+
+
+@pytest.mark.parametrize("dropout", [0.25, 0.5])
+def test_dropout_zeroes_its_share_of_x_and_scales_the_rest(shards, dropout):
+    ones = np.ones((100, BINS), np.float32)
+    made = excerpts(shards, dropout=dropout)
+    made._frames = lambda track, start: ones[: made.length]
+    batch = made.batch(0)
+    for x, y in ((batch.x1, batch.y1), (batch.x2, batch.y2)):
+        for excerpt, frames in zip(x, y, strict=True):
+            sounding = frames[0] > 0
+            kept = excerpt[:, sounding]
+            assert set(np.unique(kept)) <= {0, np.float32(1 / (1 - dropout))}
+            assert np.mean(kept == 0) == pytest.approx(dropout, abs=0.1)
+            assert frames.max() == 1
+    assert np.mean(batch.x1[:, :, 17] == 0) == pytest.approx(dropout, abs=0.15)
+
+
+def test_the_sides_of_invariance_are_dropped_apart(shards):
+    made = excerpts(shards, dropout=0.5, shift=0)
+    made._frames = lambda track, start: np.ones((made.length, BINS), np.float32)
+    batch = made.batch(0)
+    assert np.mean((batch.x1 == 0) == (batch.x2 == 0)) == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_original_transposes_what_was_dropped(shards):
+    """One mask for both contexts, moved along with the frames; y has none."""
+    made = excerpts(shards, objective="reconstruction", dropout=0.5, shift=9)
+    whole = tiny.frames(100)
+    made._frames = lambda track, start: whole[start : start + made.length] if start + made.length <= 100 else whole[: made.length]
+    for step in range(6):
+        batch = made.batch(step)
+        for x1, y1, x2, y2 in zip(*(getattr(batch, side) for side in SIDES), strict=True):
+            shift = next(k for k in range(-9, 10) if np.array_equal(transpose(y1, k), y2))
+            assert np.array_equal(transpose(x1, shift), x2)
+            assert (x1 == 0).mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_frames_across_chunks_are_whole(shards, monkeypatch):
+    whole = excerpts(shards).batch(4)
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    assert equal(excerpts(shards).batch(4), whole)
+
+
+def test_memory_is_bounded(shards, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 16)
+    monkeypatch.setattr(module, "_CACHE_BYTES", 20 * 16 * BINS * 4)
+    made = excerpts(shards)
+    for step in range(40):
+        made.batch(step)
+    state = made._chunk.cache_info()
+    assert state.maxsize == state.currsize == 20 and state.hits > 0
+
+
+def test_tracks_shorter_than_an_excerpt_are_left_out(shards):
+    assert [len(line) for line in long_enough(shards.lines, 80)] == [1, 3, 2]
+    assert [len(line) for line in long_enough(shards.lines, 81)] == [1, 2]
+    assert len(long_enough(shards.lines, 60)) == 4
+    with pytest.raises(TrainingError, match=r"no track of the training list has 2101 frames .* lower train\.block"):
+        long_enough(shards.lines, 2101)
+
+
+def test_a_track_of_just_one_excerpt_will_do(shards):
+    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=60 - CONTEXT, batch=3, stride=1, dropout=0.0))
+    assert all(origin(y)[2][0] == CONTEXT for y in made.batch(0).y1 if y.any())
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(shards):
+    with pytest.raises(TrainingError, match=r"train\.batch \(6\) must be a multiple of the number of processes \(4\)"):
+        excerpts(shards, 0, 4)
+
+
+@given(st.integers(-50, 50))
+def test_transposing_moves_bins_and_fills_with_zeros(shift):
+    frames = np.arange(1, 3 * BINS + 1, dtype=np.float32).reshape(3, BINS)
+    expected = np.zeros_like(frames)
+    for b in range(BINS):
+        if 0 <= b - shift < BINS:
+            expected[:, b] = frames[:, b - shift]
+    assert np.array_equal(transpose(frames, shift), expected)

@@ -1,0 +1,611 @@
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from gae import params
+from gae import train as module
+from gae.errors import TrainingError
+from gae.files import read_json, write_json
+from gae.modelfile import load_model
+from gae.shards import Shards
+from gae.train import Run, Validation, schedule, split, train
+
+ROOT = Path(__file__).parents[1]
+N_LINES, STEPS = 10, 110
+
+
+def recipe(**changes):
+    """Parameters of a run of a second or less; `changes` are for train."""
+    quick = {"steps": STEPS, "batch": 4, "block": 24, "stride": 2, "shift": 8, "contrast_frames": 24, "averaging": 0.9}
+    quick |= {"precision": "fp32", "accelerator": "cpu", "checkpoint_seconds": 0, "dropout": 0.2, "dtype": "float32"}
+    sizes = {"n_factors": 16, "n_hidden": 8, "n_maps": 6, "context": 3}
+    return params.validate({"model": sizes, "train": {**quick, **changes}, "plot": {"interval": 30}})
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train") / "shards"
+    tiny.write_shards(folder, [[tiny.music(120 + 20 * line, line)] for line in range(N_LINES)])
+    return folder
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """Drawings are files of their step, and pauses that validate are many."""
+    monkeypatch.setattr(module.plot, "draw_network", draw_nothing)
+    monkeypatch.setattr(module, "VALIDATION_STEPS", 50)
+
+
+def draw_nothing(network, cqt, frames, folder, step):
+    (folder / f"{step}.png").write_text(str(step))
+
+
+def places(folder):
+    return {
+        "model_path": folder / "gae.safetensors",
+        "metrics_path": folder / "metrics.json",
+        "curves": folder / "training",
+        "drawings": folder / "network",
+        "checkpoints": folder / "checkpoints",
+    }
+
+
+def learn(settings, shards, folder):
+    """Train; what the model file and all the curves hold."""
+    train(settings, shards, **places(folder))
+    return outcome(folder)
+
+
+def outcome(folder):
+    files = {"model": (folder / "gae.safetensors").read_bytes()}
+    return files | {path.name: path.read_bytes() for path in sorted((folder / "training").rglob("*")) if path.is_file()}
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """Makes the next run fail before it does a certain step; also counts the steps that are done."""
+    update, state = Run.update, {"at": None, "done": []}
+
+    def fragile(run, batch):
+        if run.step == state["at"]:
+            raise Crash
+        state["done"].append(run.step)
+        update(run, batch)
+
+    monkeypatch.setattr(Run, "update", fragile)
+
+    def crash(at):
+        state["at"] = at
+        state["done"].clear()
+        return state["done"]
+
+    return crash
+
+
+def test_the_same_seed_gives_the_same_bytes(shards, tmp_path, quiet):
+    first, second = (learn(recipe(), shards, tmp_path / name) for name in "ab")
+    assert first == second
+    assert {"model", "loss.tsv", "reconstruction.tsv", "contrast.tsv", "validation_top1.tsv"} <= first.keys()
+    assert learn(recipe(seed=2), shards, tmp_path / "c")["model"] != first["model"]
+
+
+def test_what_a_run_leaves(shards, tmp_path, quiet):
+    learn(recipe(), shards, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gae.safetensors", "metrics.json", "network", "training"]
+    metrics, model = read_json(tmp_path / "metrics.json"), load_model(tmp_path / "gae.safetensors")
+    assert set(metrics) == {"loss", "reconstruction", "contrast", "validation_top1", "step", "steps", "frames_per_second"}
+    assert metrics["steps"] == STEPS and metrics["step"] in (50, 100, 110) and metrics["frames_per_second"] > 0
+    assert model.facts["train"]["steps"] == STEPS and "devices" not in model.facts["train"]
+    assert model.facts["step"] == metrics["step"] and len(model.facts["data"]) == 64
+    assert model.facts["metrics"]["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
+    assert model.cqt == tiny.CQT and model.sizes == recipe().model
+    rows = [line.split("\t") for line in (tmp_path / "training/plots/metrics/loss.tsv").read_text().splitlines()]
+    assert rows[0] == ["step", "loss"] and [int(row[0]) for row in rows[1:]] == [25, 50, 75, 100, 110]
+    assert float(rows[-1][1]) == model.facts["metrics"]["loss"]
+    rows = (tmp_path / "training/plots/metrics/validation_top1.tsv").read_text().splitlines()
+    assert [row.split("\t")[0] for row in rows] == ["step", "50", "100", "110"]
+
+
+@pytest.mark.parametrize(("interval", "drawn"), [(30, [50, 75, 100, 110]), (50, [50, 100, 110]), (1000, [110])])
+def test_the_network_is_drawn_at_the_first_pause_after_each_interval(shards, tmp_path, quiet, interval, drawn):
+    settings = recipe().model_copy(update={"plot": params.Plot(interval=interval)})
+    learn(settings, shards, tmp_path)
+    assert sorted(int(path.stem) for path in (tmp_path / "network").iterdir()) == drawn
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimiser": "muon"},
+        {"optimiser": "adam"},
+        {"optimiser": "adam", "objective": "reconstruction", "schedule": "constant", "sparsity": 1e-3, "weight_decay": 1e-4},
+        {"precision": "bf16", "dtype": "float16"},
+    ],
+)
+@pytest.mark.parametrize("at", [[3], [60, 101]])
+def test_a_stopped_run_goes_on_and_ends_where_an_unbroken_one_ends(shards, tmp_path, quiet, crash, changes, at):
+    crash(None)
+    unbroken = learn(recipe(**changes), shards, tmp_path / "unbroken")
+    first = 0
+    for step in at:
+        done = crash(step)
+        with pytest.raises(Crash):
+            learn(recipe(**changes), shards, tmp_path / "stopped")
+        assert done == list(range(first, step))  # at most what is after the last pause is lost
+        first = step // 25 * 25
+    done = crash(None)
+    assert learn(recipe(**changes), shards, tmp_path / "stopped") == unbroken
+    assert done == list(range(first, STEPS))
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+
+
+def test_a_resumed_run_keeps_its_drawings_and_a_new_one_wipes_them(shards, tmp_path, quiet, crash):
+    crash(80)
+    with pytest.raises(Crash):
+        learn(recipe(), shards, tmp_path)
+    (tmp_path / "training" / "old.tsv").write_text("from another run")
+    crash(None)
+    learn(recipe(), shards, tmp_path)
+    assert sorted(int(path.stem) for path in (tmp_path / "network").iterdir()) == [50, 75, 100, 110]
+    (tmp_path / "network" / "9999.png").write_text("from another run")
+    learn(recipe(steps=30), shards, tmp_path)
+    assert [path.name for path in (tmp_path / "network").iterdir()] == ["30.png"]
+    assert not (tmp_path / "training" / "old.tsv").exists()
+
+
+def stopped(settings, shards, folder, crash, at=60):
+    crash(at)
+    with pytest.raises(Crash):
+        learn(settings, shards, folder)
+    return crash(None)
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"steps": 120}, {"seed": 5}, {"contrast": 0.1}, {"precision": "bf16"}])
+def test_a_changed_parameter_starts_afresh(shards, tmp_path, quiet, crash, change):
+    done = stopped(recipe(), shards, tmp_path / "a", crash)
+    after = learn(recipe(**change), shards, tmp_path / "a")
+    assert done[0] == 0
+    crash(None)
+    assert after == learn(recipe(**change), shards, tmp_path / "b")
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_a_changed_model_starts_afresh(shards, tmp_path, quiet, crash):
+    done = stopped(recipe(), shards, tmp_path, crash)
+    learn(recipe().model_copy(update={"model": params.Model(n_factors=16, n_hidden=8, n_maps=7, context=3)}), shards, tmp_path)
+    assert done[0] == 0
+
+
+def test_what_changes_no_result_goes_on(shards, tmp_path, quiet, crash):
+    crash(None)
+    unbroken = learn(recipe(), shards, tmp_path / "unbroken")
+    done = stopped(recipe(), shards, tmp_path / "a", crash)
+    settings = recipe(checkpoint_seconds=60).model_copy(update={"plot": params.Plot(interval=7)})
+    assert learn(settings, shards, tmp_path / "a") == unbroken and done[0] == 50
+
+
+@pytest.mark.parametrize("change", ["frames", "dtype", "gain", "bins", "line"])
+def test_changed_data_start_afresh(shards, tmp_path, quiet, crash, change):
+    frames = [[tiny.music(120 + 20 * line, line)] for line in range(N_LINES)]
+    done = stopped(recipe(), shards, tmp_path, crash)
+    how = {}
+    if change == "frames":
+        frames[3] = [tiny.music(180, 77)]
+    elif change == "dtype":
+        how = {"dtype": "float16"}
+    elif change == "gain":
+        how = {"cqt": tiny.CQT.model_copy(update={"gain": 20.0})}
+    elif change == "bins":
+        frames = [[view[:, :24] for view in line] for line in frames]
+        how = {"cqt": tiny.CQT.model_copy(update={"n_bins": 24})}
+    else:
+        frames = frames[:-1]
+    tiny.write_shards(tmp_path / "others", frames, **how)
+    learn(recipe(), tmp_path / "others", tmp_path)
+    assert done[0] == 0
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-9], lambda content: b"a letter" * 99, lambda content: content.replace(b'"gae"', b'"goe"')])
+def test_a_damaged_checkpoint_costs_a_fresh_start(shards, tmp_path, quiet, crash, damage):
+    crash(None)
+    unbroken = learn(recipe(), shards, tmp_path / "unbroken")
+    done = stopped(recipe(), shards, tmp_path / "a", crash)
+    (file,) = (tmp_path / "a" / "checkpoints").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    (file.parent / f".{file.name}.77.partial").write_text("half")
+    (file.parent / "stale.safetensors").write_text("of another recipe")
+    assert learn(recipe(), shards, tmp_path / "a") == unbroken and done[0] == 0
+
+
+def test_checkpoints_come_at_their_time(shards, tmp_path, quiet, crash, monkeypatch):
+    clock = iter(range(0, 100_000, 10))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    saved = []
+    monkeypatch.setattr(module.Checkpoints, "save", lambda store, **facts: saved.append(facts["step"]))
+    learn(recipe(checkpoint_seconds=35, steps=500), shards, tmp_path)
+    assert 2 < len(saved) < 12 and all(step % 25 == 0 for step in saved)
+
+
+def watch_average(monkeypatch):
+    """Records the moving average after every step."""
+    update, averages = Run.update, {}
+
+    def watched(run, batch):
+        update(run, batch)
+        averages[run.step] = {name: tensor.clone().numpy() for name, tensor in run.average.state_dict().items()}
+
+    monkeypatch.setattr(Run, "update", watched)
+    return averages
+
+
+def break_at(monkeypatch, step, value):
+    forward, calls = module.Objective.forward, []
+
+    def broken(objective, *sides):
+        calls.append(1)
+        terms = forward(objective, *sides)
+        return {**terms, "loss": terms["loss"] * (value if len(calls) > step else 1.0)}
+
+    monkeypatch.setattr(module.Objective, "forward", broken)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(shards, tmp_path, quiet, monkeypatch, value):
+    averages = watch_average(monkeypatch)
+    break_at(monkeypatch, 60, value)
+    with pytest.raises(TrainingError) as caught:
+        learn(recipe(), shards, tmp_path)
+    message = str(caught.value)
+    assert message.splitlines() == [message] and "between steps 50 and 75" in message
+    assert str(tmp_path / "gae.safetensors") in message and "lower train.learning_rate" in message
+    weights = load_model(tmp_path / "gae.safetensors").weights
+    assert all(np.array_equal(weights[name], averages[50][name]) for name in weights)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_after_a_resume_the_last_good_weights_are_those_of_the_checkpoint(shards, tmp_path, quiet, crash, monkeypatch):
+    stopped(recipe(), shards, tmp_path, crash)
+    averages = watch_average(monkeypatch)
+    break_at(monkeypatch, 3, math.nan)
+    with pytest.raises(TrainingError, match="between steps 50 and 75"):
+        learn(recipe(), shards, tmp_path)
+    weights = load_model(tmp_path / "gae.safetensors").weights
+    assert not any(np.array_equal(weights[name], averages[51][name]) for name in weights)
+    assert all(np.abs(weights[name] - averages[51][name]).max() < 0.05 for name in weights)
+
+
+def test_an_absurd_rate_stops_the_run(shards, tmp_path, quiet):
+    settings = recipe(learning_rate=1.0, optimiser="adam", schedule="constant", steps=2000, objective="reconstruction", filter_norm=100, averaging=0)
+    with pytest.raises(TrainingError, match="diverges|NaN or infinite"):
+        learn(settings, shards, tmp_path)
+
+
+def scores(monkeypatch, values):
+    values = iter(values)
+    monkeypatch.setattr(module, "VALIDATION_STEPS", 25)
+    monkeypatch.setattr(Validation, "score", lambda validation, model: next(values))
+
+
+def test_patience_ends_the_run_and_the_best_weights_are_kept(shards, tmp_path, quiet, monkeypatch):
+    scores(monkeypatch, [0.2, 0.5, 0.4, 0.6, 0.6, 0.1, 0.3])
+    averages = watch_average(monkeypatch)
+    learn(recipe(patience=3, steps=1000), shards, tmp_path)
+    metrics, model = read_json(tmp_path / "metrics.json"), load_model(tmp_path / "gae.safetensors")
+    assert (metrics["step"], metrics["steps"]) == (100, 175) and max(averages) == 175
+    assert all(np.array_equal(model.weights[name], averages[100][name]) for name in model.weights)
+
+
+def test_without_patience_all_steps_are_done_and_the_best_weights_are_kept(shards, tmp_path, quiet, monkeypatch):
+    scores(monkeypatch, [0.2, 0.5, 0.4, 0.3, 0.1])
+    averages = watch_average(monkeypatch)
+    learn(recipe(), shards, tmp_path)
+    model = load_model(tmp_path / "gae.safetensors")
+    assert max(averages) == STEPS and model.facts["step"] == 50
+    assert all(np.array_equal(model.weights[name], averages[50][name]) for name in model.weights)
+
+
+@pytest.mark.parametrize("at", [80, 160, 174])
+def test_patience_is_not_forgotten_by_a_stopped_run(shards, tmp_path, quiet, crash, monkeypatch, at):
+    """Scores are made to follow from the weights, so that runs can be compared."""
+    monkeypatch.setattr(module, "VALIDATION_STEPS", 25)
+    monkeypatch.setattr(Validation, "score", lambda validation, model: -abs(float(model.map_1.weight.sum()) * 1e3 % 1) / 2)
+    crash(None)
+    unbroken = learn(recipe(patience=4, steps=1000), shards, tmp_path / "unbroken")
+    ended = read_json(tmp_path / "unbroken/metrics.json")
+    assert ended["steps"] < 1000
+    stopped(recipe(patience=4, steps=1000), shards, tmp_path / "a", crash, min(at, ended["steps"] - 1))
+    assert learn(recipe(patience=4, steps=1000), shards, tmp_path / "a") == unbroken
+    after = read_json(tmp_path / "a/metrics.json")
+    assert (after["step"], after["steps"]) == (ended["step"], ended["steps"])
+
+
+def test_without_validation_the_newest_average_is_kept(shards, tmp_path, quiet, monkeypatch):
+    averages = watch_average(monkeypatch)
+    learn(recipe(validation=0), shards, tmp_path)
+    weights = load_model(tmp_path / "gae.safetensors").weights
+    assert all(np.array_equal(weights[name], averages[STEPS][name]) for name in weights)
+    assert "validation_top1" not in read_json(tmp_path / "metrics.json")
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.5, 0.999])
+def test_the_average_follows_the_formula(shards, tmp_path, quiet, monkeypatch, averaging):
+    update, expected = Run.update, {}
+
+    def watched(run, batch):
+        before = {name: tensor.double() for name, tensor in run.average.state_dict().items()}
+        step = run.step
+        update(run, batch)
+        keep = min(averaging, (1 + step) / (10 + step))
+        for name, tensor in run.model.state_dict().items():
+            expected[name] = keep * before[name] + (1 - keep) * tensor
+            assert torch.allclose(run.average.state_dict()[name].double(), expected[name], atol=1e-6)
+
+    monkeypatch.setattr(Run, "update", watched)
+    learn(recipe(averaging=averaging, steps=30), shards, tmp_path)
+    assert expected
+
+
+def test_filters_keep_their_norm(shards, tmp_path, quiet):
+    learn(recipe(filter_norm=0.3, averaging=0), shards, tmp_path)
+    weights = load_model(tmp_path / "gae.safetensors").weights
+    for name in ("filters_x", "filters_y"):
+        assert np.allclose(np.linalg.norm(weights[name].reshape(16, -1), axis=1), 0.3, atol=1e-5)
+
+
+def test_the_schedule_is_one_cycle():
+    settings = params.Train(steps=1000, warmup=0.1)
+    rates = [schedule(step, settings) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.04) and max(rates) == rates[100] == 1 and rates[550] == pytest.approx(0.5)
+    assert all(a < b for a, b in zip(rates[:100], rates[1:101], strict=True)) and 0 < rates[-1] < 1e-3
+    assert all(a > b for a, b in zip(rates[100:900], rates[101:901], strict=True))
+    assert {schedule(step, params.Train(schedule="constant")) for step in (0, 50, 3999)} == {1.0}
+    assert all(0 < schedule(0, params.Train(steps=steps)) <= 1 for steps in (1, 2, 10))
+
+
+class FakeTrack:
+    n_frames = 100
+
+    def __init__(self, key):
+        self.key = key
+
+
+def lines_of(*keys):
+    return [[FakeTrack(key) for key in line.split()] for line in keys]
+
+
+def keys_of(lines):
+    return {track.key for line in lines for track in line}
+
+
+@pytest.mark.parametrize(("n", "share", "count"), [(4, 0.5, 0), (5, 0.2, 1), (10, 0.1, 1), (10, 0, 0), (20, 0.1, 2), (39, 0.1, 3), (100, 0.5, 50)])
+def test_the_split_is_disjoint_and_as_large_as_asked(n, share, count):
+    lines = lines_of(*(f"track{number} view{number}" for number in range(n)))
+    training, validation = split(lines, share)
+    assert len(validation) == count and len(training) == n - count
+    assert keys_of(training).isdisjoint(keys_of(validation)) and [line for line in lines if line in training] == training
+
+
+def test_the_split_is_stable():
+    lines = lines_of(*(f"track{number}" for number in range(60)))
+    _, validation = split(lines, 0.2)
+    assert keys_of(split(lines[::-1], 0.2)[1]) == keys_of(validation)
+    _, one_more = split([*lines, *lines_of("another")], 0.2)
+    assert len(keys_of(one_more) ^ keys_of(validation)) <= 2
+
+
+def test_no_content_is_on_both_sides_of_the_split():
+    for number in range(20):
+        lines = lines_of(*(f"a{n} b{n}" for n in range(10)), f"b{number % 10} c", f"a{number % 10}", f"d b{number % 10}")
+        training, validation = split(lines, 0.3)
+        assert validation and training and keys_of(training).isdisjoint(keys_of(validation))
+
+
+def test_training_never_sees_the_tracks_to_validate_on(shards, tmp_path, quiet, monkeypatch):
+    seen = []
+    init = Run.__init__
+
+    def watched(run, *arguments):
+        init(run, *arguments)
+        seen.extend([keys_of(run.excerpts.lines), run.validation.windows[0]])
+
+    monkeypatch.setattr(Run, "__init__", watched)
+    learn(recipe(steps=1, validation=0.2), shards, tmp_path)
+    with Shards(shards) as read:
+        training, validation = split(read.lines, 0.2)
+        assert seen[0] == keys_of(training) and len(keys_of(validation)) == 2
+        frames = {frame.tobytes() for key in keys_of(validation) for frame in read.read(key)}
+    assert all(frame.tobytes() in frames for window in seen[1].numpy() for frame in window)
+
+
+def test_tracks_too_short_are_neither_trained_nor_validated_on(tmp_path, quiet):
+    frames = [[tiny.music(n, n)] for n in [2, 3, 10, 26] * 3]
+    tiny.write_shards(tmp_path / "short", frames)
+    with pytest.raises(TrainingError, match="no track of the training list has 27 frames"):
+        learn(recipe(validation=0.5), tmp_path / "short", tmp_path)
+    tiny.write_shards(tmp_path / "some", [*frames, [tiny.music(27, 5)]])
+    learn(recipe(validation=0.5, steps=3), tmp_path / "some", tmp_path)
+
+
+def test_a_device_that_is_not_there_is_one_line(shards, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(TrainingError, match=r"^train\.accelerator cuda, train\.devices 1: .*not available"):
+        learn(recipe(accelerator="cuda"), shards, tmp_path)
+
+
+def test_validation_knows_invariant_features_from_others(shards):
+    class Steps:
+        """The direction of the strongest interval: the same at every transposition. Or the strongest bin: not the same."""
+
+        filters_x = torch.zeros(1)
+
+        def __init__(self, invariant):
+            self.invariant = invariant
+
+        def mapping(self, x, y):
+            if self.invariant:
+                spectra = torch.fft.rfft(torch.cat([x, y], dim=1), n=2 * y.shape[-1], dim=-1).abs()
+                return spectra.flatten(1)[:, None]
+            return y
+
+    with Shards(shards) as read:
+        validation = Validation(read, read.lines[:3], 3, seed=1)
+        assert len(validation.windows[0]) == 1200
+        invariant, plain = (validation.score(Steps(invariant)) for invariant in (True, False))
+        assert invariant > 0.3 and plain < 0.1
+        assert Validation(read, [], 3, seed=1).score(Steps(True)) is None
+
+
+def test_training_learns(tmp_path, quiet, monkeypatch):
+    """A minute of tunes: the losses fall, and frames are found again when they are transposed."""
+    monkeypatch.setattr(module, "VALIDATION_STEPS", 25)
+    tiny.write_shards(tmp_path / "shards", [[tiny.music(400, seed)] for seed in range(12)])
+    settings = recipe(steps=400, batch=8, shift=6, learning_rate=5e-3, dropout=0.0, stride=1, validation=0.2)
+    wide = params.Model(n_factors=32, n_hidden=16, n_maps=16, context=3)
+    learn(settings.model_copy(update={"model": wide}), tmp_path / "shards", tmp_path)
+    curves = {
+        name: np.loadtxt(tmp_path / f"training/plots/metrics/{name}.tsv", skiprows=1)[:, 1]
+        for name in ("loss", "contrast", "reconstruction", "validation_top1")
+    }
+    assert curves["loss"][-1] < 0.6 * curves["loss"][0]
+    assert curves["contrast"][-1] < 0.6 * curves["contrast"][0] and curves["reconstruction"][-1] < 0.8
+    assert curves["validation_top1"].max() > 3 * curves["validation_top1"][0] + 0.1
+    model = load_model(tmp_path / "gae.safetensors")
+    assert model.facts["step"] == 25 * (1 + curves["validation_top1"].argmax())
+
+
+# Real processes
+
+
+def run_in_process(settings, shards, folder):
+    """The body of a process that is to be killed."""
+    module.plot.draw_network = draw_nothing
+    torch.set_num_threads(1)
+    train(params.validate(settings), shards, **places(folder))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts a training of its own; PyTorch is imported once for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gae.train"])
+
+    def start(settings, shards, folder):
+        process = context.Process(target=run_in_process, args=(settings.model_dump(), shards, folder))
+        process.start()
+        return process
+
+    return start
+
+
+def saves(folder):
+    """Which checkpoint there is."""
+    try:
+        (file,) = (folder / "checkpoints").glob("*.safetensors")
+        return file.stat().st_ino
+    except (OSError, ValueError):
+        return None
+
+
+@pytest.mark.parametrize("optimiser", ["muon", "adam"])
+def test_killed_processes_end_where_an_unbroken_one_ends(shards, tmp_path, processes, optimiser):
+    settings = recipe(steps=400, precision="bf16", dtype="float16", optimiser=optimiser)
+    unbroken = processes(settings, shards, tmp_path / "unbroken")
+    unbroken.join()
+    assert unbroken.exitcode == 0
+    rng, killed = np.random.default_rng(0), tmp_path / "killed"
+    for _ in range(4):
+        process, before = processes(settings, shards, killed), saves(killed)
+        while saves(killed) in (None, before) and process.is_alive():
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0)
+    final = processes(settings, shards, killed)
+    final.join()
+    assert final.exitcode == 0
+    assert outcome(killed) == outcome(tmp_path / "unbroken")
+    assert not (killed / "checkpoints").exists() and not list(killed.rglob(".*"))
+
+
+def command(settings, shards, folder, launcher=(sys.executable,)):
+    """The stage's command line."""
+    write_json(folder / "params.json", settings.model_dump())
+    line = [*launcher, ROOT / "stages" / "train.py", "--params", folder / "params.json", "--shards", shards]
+    for option, path in zip(("model", "metrics", "curves", "drawings", "checkpoints"), places(folder).values(), strict=True):
+        line += [f"--{option}", path]
+    return [str(word) for word in line]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def few_drawings(settings):
+    return settings.model_copy(update={"plot": params.Plot(interval=10_000, dpi=30, filters=1)})
+
+
+def test_a_killed_stage_goes_on(shards, tmp_path, processes):
+    settings = few_drawings(recipe(steps=1000))
+    unbroken = processes(settings, shards, tmp_path / "unbroken")
+    stage = subprocess.Popen(command(settings, shards, tmp_path / "stage"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while saves(tmp_path / "stage") is None and stage.poll() is None:
+        time.sleep(0.002)
+    stage.kill()
+    assert stage.wait() == -signal.SIGKILL
+    done = subprocess.run(command(settings, shards, tmp_path / "stage"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == ""
+    lines = done.stderr.replace("\r", "\n").split("\n")
+    assert all(line.startswith("train: ") or not line for line in lines), done.stderr  # the progress bar, nothing else
+    unbroken.join()
+    assert outcome(tmp_path / "stage") == outcome(tmp_path / "unbroken")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
+@pytest.mark.parametrize("launcher", ["fabric", "torchrun"])
+def test_two_processes_get_the_weights_of_one(shards, tmp_path, quiet, launcher, objective):
+    if (launcher, objective) == ("torchrun", "reconstruction"):
+        pytest.skip("the launcher makes no difference to the objective")
+    changes = {"optimiser": "adam", "objective": objective, "sparsity": 1e-3, "weight_decay": 1e-4, "steps": 40, "averaging": 0.0}
+    learn(recipe(**changes), shards, tmp_path / "one")
+    settings = few_drawings(recipe(**changes, devices=2))
+    launch = (sys.executable,)
+    if launcher == "torchrun":
+        launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())
+    (tmp_path / "two").mkdir()
+    done = subprocess.run(
+        command(settings, shards, tmp_path / "two", launch),
+        env={**ENVIRONMENT, "MASTER_PORT": free_port()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("train:   0%") == 1 and "deprecated" not in done.stderr and "Precision" not in done.stderr
+    one, two = (load_model(tmp_path / name / "gae.safetensors") for name in ("one", "two"))
+    for name, weights in one.weights.items():
+        assert np.abs(weights - two.weights[name]).max() < 2e-6, name
+    assert json.dumps(one.facts["train"]) == json.dumps(two.facts["train"])
+    assert two.facts["metrics"] == pytest.approx(one.facts["metrics"], rel=1e-5)
