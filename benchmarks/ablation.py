@@ -57,7 +57,8 @@ def run(name, overrides, seed, steps):
 
 def table(results):
     """The results as a Markdown table: means over the seeds."""
-    lines = ["| experiment | seeds | top-1, 1 frame | 8 frames | beats within 100 ms | reconstruction error |", "| --- | --- | --- | --- | --- | --- |"]
+    titles = ["experiment", "seeds", "top-1, 1 frame", "8 frames", "beats within 100 ms", "reconstruction error"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for name, by_seed in results.items():
         rows = list(by_seed.values())
         means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gae import params
 from gae.model import GatedAutoencoder
-from gae.train import Objective
+from gae.train import Objective, keep_memory, optimisers_of
 
 
 class Original(nn.Module):
@@ -62,20 +62,21 @@ def stepper(module, loss):
     return step
 
 
-def ours(values, frames, objective):
-    """One step of our training on `frames`, by the objective named, in bf16."""
-    settings = values.train.model_copy(update={"objective": objective})
+def ours(values, frames):
+    """One step of our training by the objective, optimiser and stride of the parameters."""
+    settings, context = values.train, values.model.context
     model = GatedAutoencoder(values.cqt.n_bins, values.model)
-    module = Fabric(accelerator="cpu", precision="bf16-mixed").setup_module(Objective(model, settings))
-    x, y = frames[:, :-1], frames[:, values.model.context :]
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimisers = optimisers_of(model, settings)
+    fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
+    module, *optimisers = fabric.setup(Objective(model, settings), *optimisers)
+    x, y = frames[:, :-1], frames[:, context :: settings.stride]
 
     def step():
         began = time.perf_counter()
-        terms = module(x, y, x, y)
-        optimiser.zero_grad()
-        terms["loss"].backward()
-        optimiser.step()
+        fabric.backward(module(x, y, x, y)["loss"])
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         model.set_filter_norm(0.4)
         return time.perf_counter() - began
 
@@ -90,47 +91,63 @@ def matmul_seconds(size=2048):
     return time.perf_counter() - began
 
 
-def operations(values, two_sided):
-    """Multiplications and additions of the matrix products in a step's forward and backward pass.
+def operations(values):
+    """Multiplications and additions of the matrix products of a step of the default objective, forward and backward.
 
-    The first layers need no gradient of their inputs, so they count twice, all others three times.
+    The first layers need no gradient of their inputs, so they count twice, all others three times. Products of the
+    optimiser and of the contrast are not counted: the share is what is left for the model.
     """
-    sizes, bins = values.model, values.cqt.n_bins
-    frames = values.train.batch * values.train.block
-    filters_x, filters_y = sizes.context * bins * sizes.n_factors, bins * sizes.n_factors
-    layers = sizes.n_factors * sizes.n_hidden + sizes.n_hidden * sizes.n_maps
-    sides = 2 if two_sided else 1
-    total = 2 * 2 * filters_x + sides * (2 * filters_y + 3 * layers) + sides * 3 * (layers + filters_y)
-    return 2 * frames * total
+    sizes, bins, settings = values.model, values.cqt.n_bins, values.train
+    frames = settings.batch * -(-settings.block // settings.stride)
+    first = (sizes.context + 1) * bins * sizes.n_factors
+    mapping = sizes.n_factors * sizes.n_hidden + sizes.n_hidden * sizes.n_maps
+    rebuilding = mapping + bins * sizes.n_factors
+    return 2 * 2 * frames * (2 * first + 3 * mapping + 3 * rebuilding)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
-    count = parser.parse_args().steps
-    values = params.Params()
-    train, context = values.train, values.model.context
-    frames = F.normalize(torch.randn(train.batch, train.block + context, values.cqt.n_bins), dim=-1)
-    n_frames = train.batch * train.block
-    images = frames[:, None]
-    published = Original(values.cqt.n_bins, context)
-    steps = {
-        "original, Conv2d, fp32": stepper(published, lambda: published.loss(images[:, :, :-1], images[:, :, context:], 7)),
-        "ours, the original's loss": ours(values, frames, "reconstruction"),
-        "ours, the default loss": ours(values, frames, "invariance"),
-        "bf16 matrix product": matmul_seconds,
-    }
+def measure(steps, count):
+    """Median seconds of each step, taken in turn."""
     taken = {name: [] for name in steps}
     for number in range(count + 3):
         for name, step in steps.items():
             seconds = step()
             if number >= 3:
                 taken[name].append(seconds)
-    median = {name: float(np.median(seconds)) for name, seconds in taken.items()}
-    peak = 2 * 2048**3 / median["bf16 matrix product"]
-    print(f"{torch.get_num_threads()} threads, batches of {n_frames} frames; bf16 matrix rate {peak / 1e9:.0f} GFLOP/s")
-    for name in list(steps)[:3]:
-        rate = n_frames / median[name]
-        print(f"{name:27} {rate:9.0f} frames/s  {rate * median['original, Conv2d, fp32'] / n_frames:5.2f} x the original", end="")
-        two_sided = name.endswith("default loss")
-        print(f"  {operations(values, two_sided) / median[name] / peak:5.0%} of the matrix rate" if name.startswith("ours") else "")
+    return {name: float(np.median(seconds)) for name, seconds in taken.items()}
+
+
+def unit_frames(values):
+    """Random frames of unit norm for one side of a batch."""
+    train = values.train
+    return F.normalize(torch.randn(train.batch, train.block + values.model.context, values.cqt.n_bins), dim=-1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    count = parser.parse_args().steps
+    keep_memory()
+    default = params.Params()
+    same = params.validate(
+        {
+            "model": {"context": 9},
+            "train": {"objective": "reconstruction", "optimiser": "adam", "batch": 16, "block": 256, "stride": 1, "sparsity": 1e-5},
+        }
+    )
+    frames, images = unit_frames(same), unit_frames(same)[:, None]
+    published = Original()
+    steps = {
+        "the original's step, Conv2d, fp32": stepper(published, lambda: published.loss(images[:, :, :-1], images[:, :, 9:], 7)),
+        "the same step, ours": ours(same, frames),
+        "the default step": ours(default, unit_frames(default)),
+        "bf16 matrix product": matmul_seconds,
+    }
+    seconds = measure(steps, count)
+    peak = 2 * 2048**3 / seconds["bf16 matrix product"]
+    rates = {name: 4096 / seconds[name] for name in list(steps)[:2]}
+    rates["the default step"] = default.train.batch * -(-default.train.block // default.train.stride) / seconds["the default step"]
+    print(f"{torch.get_num_threads()} threads; bf16 matrix products run at {peak / 1e9:.0f} GFLOP/s")
+    for name, rate in rates.items():
+        print(f"{name:34} {rate:8.0f} frames/s")
+    print(f"ours / the original's: {rates['the same step, ours'] / rates[next(iter(steps))]:.2f}")
+    print(f"the default step's share of the matrix rate: {operations(default) / seconds['the default step'] / peak:.0%}")

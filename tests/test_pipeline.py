@@ -84,6 +84,14 @@ def test_an_earlier_content_is_noticed_when_it_comes_back(changed, finished_proj
     assert (project / "data/index.json").read_bytes() == index
 
 
+def test_a_path_that_does_not_exist_stops_the_run_before_any_work(fresh_project, tmp_path):
+    project = fresh_project.copy(tmp_path / "gae")
+    project.append("data/train.txt", "music/none.wav")
+    printed = project.run("dvc", "repro", fails=True)
+    assert "data/train.txt, line 3: no such file: music/none.wav" in printed and "Traceback" not in printed
+    assert not (project / "data/corpus").exists()
+
+
 def test_git_sees_only_what_belongs_to_it(finished_project):
     tracked = set(finished_project.run("git", "ls-files").split())
     assert {"dvc.lock", "metrics.json", "models/metrics.json"} <= tracked
