@@ -30,22 +30,20 @@ CHANGES = {
 
 
 class Changed:
-    """A project after one change and one `dvc repro`: the stages that ran and what was printed."""
+    """A copy of a project after one change and one `dvc repro`: the stages that ran and what was printed."""
 
-    def __init__(self, project, change):
-        change(project)
-        self.project = project
-        self.ran, self.printed = project.repro()
+    def __init__(self, project, change, folder):
+        self.project = project.copy(folder / "gae")
+        change(self.project)
+        self.ran, self.printed = self.project.repro()
 
 
 @pytest.fixture(scope="module")
 def changed(finished_project, tmp_path_factory):
-    """For each change a function that waits for its `Changed`: all of them run meanwhile, as many at a time as there are cores."""
+    """A function that waits for the `Changed` of a change: all of them run meanwhile, as many at a time as there are cores."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         futures = {
-            name: pool.submit(
-                lambda change, folder: Changed(finished_project.copy(folder / "gae"), change), change, tmp_path_factory.mktemp("changed")
-            )
+            name: pool.submit(Changed, finished_project, change, tmp_path_factory.mktemp("changed"))
             for name, (change, _) in CHANGES.items()
         }
         yield lambda name: futures[name].result()

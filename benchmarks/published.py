@@ -1,0 +1,140 @@
+"""The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
+
+    python benchmarks/published.py [--weights FILE] [--soundfont FILE.sf2] [--recordings FOLDER] [--corpus data/corpus]
+
+piano       the JKU Patterns Development Database (../shared/data/jkupdd) played with a SoundFont of your choice (Debian's
+            fluid-soundfont-gm has one), human-like in time and loudness, as written and transposed by -6 to 6 semitones
+recordings  one minute each of a folder of real music (Debian's hyperrogue-music, warzone2100-music and singularity-music
+            hold some), as it is and shifted by Rubber Band (rubberband-cli)
+corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not
+
+Sets whose material or tools are missing are left out. The published weights are ../shared/data/cgae_pretrained.npz.
+"""
+
+import argparse
+import io
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pretty_midi
+import soundfile
+from tqdm import tqdm
+
+import gae
+from gae import audio
+from gae.cqt import frames
+from gae.evaluate import TOLERANCES, heldout_file, heldout_pieces
+from gae.features import extract_frames
+from gae.measures import align, beats_within, invariance_top1, pool, stack
+from gae.weights import from_arrays
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHIFTS = [k for k in range(-6, 7) if k]
+FRAMES, STACK, HOP = 100, 8, 2  # frames a track, frames stacked, frames pooled for alignment
+
+
+def piano_pairs(soundfont, folder):
+    """Renderings of the JKUPDD pieces: a list of (original, transposed) paths."""
+    import midirenderer
+
+    pairs = []
+    for number, path in enumerate(sorted((SHARED / "jkupdd").glob("*.mid"))):
+        for take in range(3):
+            rng = np.random.default_rng([number, take])
+            score = pretty_midi.PrettyMIDI(str(path))
+            notes = [note for part in score.instruments for note in part.notes if note.start < 90]
+            stretch = rng.uniform(0.85, 1.15)
+            for note in notes:
+                start, length = note.start * stretch + rng.normal(0, 0.01), (note.end - note.start) * stretch
+                note.start, note.end = max(0.0, start), max(0.0, start) + max(0.05, length)
+                note.velocity = int(np.clip(rng.normal(75, 12), 30, 120))
+            k, rendered = int(rng.choice(SHIFTS)), []
+            for shift in (0, k):
+                out = pretty_midi.PrettyMIDI()
+                piano = pretty_midi.Instrument(0)
+                piano.notes = [pretty_midi.Note(n.velocity, n.pitch + shift, n.start, n.end) for n in notes]
+                out.instruments.append(piano)
+                midi = io.BytesIO()
+                out.write(midi)
+                wave = midirenderer.render_wave_from(Path(soundfont).read_bytes(), midi.getvalue())
+                rendered.append(folder / f"{path.stem}-{take}-{shift}.wav")
+                rendered[-1].write_bytes(wave)
+            pairs.append(tuple(rendered))
+    return pairs
+
+
+def recording_pairs(source, folder, count=24):
+    """Excerpts of real recordings and the same shifted by Rubber Band: a list of (original, transposed) paths."""
+    files = sorted(path for path in Path(source).rglob("*") if path.suffix in {".ogg", ".opus", ".flac", ".mp3", ".wav"})
+    files = [path for path in files if path.stat().st_size > 500_000]
+    pairs = []
+    for number, path in enumerate(files[:: max(1, len(files) // count)][:count]):
+        k = int(np.random.default_rng(number).choice(SHIFTS))
+        samples = audio.load(path, 44100)
+        middle = max(0, len(samples) // 2 - 30 * 44100)
+        original, shifted = folder / f"{number}.wav", folder / f"{number}-shifted.wav"
+        soundfile.write(original, samples[middle : middle + 60 * 44100], 44100)
+        subprocess.run(["rubberband", "-q", "-p", str(k), original, shifted], check=True, capture_output=True)
+        pairs.append((original, shifted))
+    return pairs
+
+
+def features_of(path, model):
+    """Features of an audio file: (n_frames, n_maps)."""
+    return extract_frames(frames(audio.load(path, model.cqt.sample_rate), model.cqt), model)
+
+
+def invariance(pairs, model):
+    """Top-1 in percent for one frame and for eight stacked, over all pairs together."""
+    queries, candidates = {1: [], STACK: []}, {1: [], STACK: []}
+    for number, (original, transposed) in enumerate(tqdm(pairs, leave=False)):
+        one, other = features_of(original, model), features_of(transposed, model)
+        starts = np.random.default_rng(number).choice(min(len(one), len(other)) - STACK, FRAMES, replace=False)
+        for n in queries:
+            queries[n].append(stack(one, starts, n))
+            candidates[n].append(stack(other, starts, n))
+    return [100 * invariance_top1(np.concatenate(queries[n]), np.concatenate(candidates[n])).mean() for n in queries]
+
+
+def alignment(corpus, model, take):
+    """Beats in percent within each tolerance when the rendering `take` is aligned with the performance."""
+    shares = []
+    for piece in tqdm([piece for piece in heldout_pieces(corpus) if piece["beats"]["score"]], leave=False):
+        score, performance = (pool(features_of(heldout_file(corpus, piece, name), model), HOP) for name in (take, "performance"))
+        first = (HOP - 1) / 2 * model.cqt.frame_seconds
+        times = align(score, performance).times(np.subtract(piece["beats"]["score"], first), HOP * model.cqt.frame_seconds) + first
+        shares.append(beats_within(times, piece["beats"]["performance"], TOLERANCES.values()))
+    return 100 * np.mean(shares, axis=0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", help="model file (default: the shipped weights)")
+    parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
+    parser.add_argument("--recordings")
+    parser.add_argument("--corpus", default="data/corpus")
+    given = parser.parse_args()
+    models = {"ours": gae.load_model(given.weights)}
+    if (SHARED / "cgae_pretrained.npz").exists():
+        models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
+    with tempfile.TemporaryDirectory() as folder:
+        sets = {}
+        if Path(given.soundfont).exists() and (SHARED / "jkupdd").exists():
+            sets["piano"] = piano_pairs(given.soundfont, Path(folder))
+        if given.recordings and shutil.which("rubberband"):
+            sets["recordings"] = recording_pairs(given.recordings, Path(folder))
+        if Path(given.corpus, "corpus.json").exists():
+            pieces = heldout_pieces(given.corpus)
+            sets["corpus"] = [tuple(heldout_file(given.corpus, piece, take) for take in ("original", "transposed")) for piece in pieces]
+        for name, pairs in sets.items():
+            for label, model in models.items():
+                one, stacked = invariance(pairs, model)
+                print(f"{name:10} {len(pairs):3} tracks  {label:10} top-1 {one:5.1f} / {stacked:5.1f} %", flush=True)
+        if "corpus" in sets:
+            for label, model in models.items():
+                for take in ("transposed", "original"):
+                    shares = " / ".join(f"{share:.1f}" for share in alignment(given.corpus, model, take))
+                    print(f"alignment of {take:10}  {label:10} beats {shares} %", flush=True)
