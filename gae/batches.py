@@ -5,8 +5,8 @@ number of processes together see what one alone would see.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ _CHUNK = 1024  # frames read at a time
 _CACHE_BYTES = 400 << 20  # of frames kept in memory, whatever the size of the corpus
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Two sides of the same excerpts, each a context and the frames to set against it.
 
     Attributes

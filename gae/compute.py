@@ -17,6 +17,7 @@ from gae.errors import GaeError
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _RETRIES = 3  # of a track whose Dask worker died
+_PATIENCE = 10  # s to wait for a Dask scheduler
 
 
 def map_tracks(function, items, compute, label, arguments=()):
@@ -85,7 +86,7 @@ def _dask_client(compute, workers):
 
     if compute.scheduler != "local":
         try:
-            client = distributed.Client(compute.scheduler, timeout="30s")
+            client = distributed.Client(compute.scheduler, timeout=_PATIENCE)
         except OSError:
             raise GaeError(f"compute.scheduler: no Dask scheduler answers at {compute.scheduler}; start one with `dask scheduler`") from None
         with client:

@@ -12,7 +12,6 @@ import shutil
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +166,7 @@ class Run:
         train = self.params.train
         for group in [group for optimiser in self.optimisers for group in optimiser.param_groups]:
             group["lr"] = group["initial_lr"] * schedule(self.step, train)
-        terms = self.objective(*(torch.from_numpy(array).to(self.fabric.device) for array in astuple(batch)))
+        terms = self.objective(*(torch.from_numpy(array).to(self.fabric.device) for array in batch))
         self.fabric.backward(terms["loss"])
         for optimiser in self.optimisers:
             optimiser.step()

@@ -23,12 +23,13 @@ from gae.shards import Shards
 from gae.train import Run, Validation, schedule, split, train
 
 ROOT = Path(__file__).parents[1]
-N_LINES, STEPS = 10, 110
+N_LINES, STEPS = 10, 85
 
 
 def recipe(**changes):
     """Parameters of a run of a second or less; `changes` are for train."""
     quick = {"steps": STEPS, "batch": 4, "block": 24, "stride": 2, "shift": 8, "contrast_frames": 24, "averaging": 0.9}
+    quick |= {"contrast": 0.3, "temperature": 0.1, "learning_rate": 1.5e-3, "muon_rate": 0.02, "view_share": 0.5, "validation": 0.1}
     quick |= {"precision": "fp32", "accelerator": "cpu", "checkpoint_seconds": 0, "dropout": 0.2, "dtype": "float32"}
     sizes = {"n_factors": 16, "n_hidden": 8, "n_maps": 6, "context": 3}
     return params.validate({"model": sizes, "train": {**quick, **changes}, "plot": {"interval": 30}})
@@ -46,6 +47,7 @@ def quiet(monkeypatch):
     """Drawings are files of their step, and pauses that validate are many."""
     monkeypatch.setattr(module.plot, "draw_network", draw_nothing)
     monkeypatch.setattr(module, "VALIDATION_STEPS", 50)
+    monkeypatch.setattr(module, "_VALIDATION_FRAMES", 100)
 
 
 def draw_nothing(network, cqt, frames, folder, step):
@@ -110,19 +112,19 @@ def test_what_a_run_leaves(shards, tmp_path, quiet):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gae.safetensors", "metrics.json", "network", "training"]
     metrics, model = read_json(tmp_path / "metrics.json"), load_model(tmp_path / "gae.safetensors")
     assert set(metrics) == {"loss", "reconstruction", "contrast", "validation_top1", "step", "steps", "frames_per_second"}
-    assert metrics["steps"] == STEPS and metrics["step"] in (50, 100, 110) and metrics["frames_per_second"] > 0
+    assert metrics["steps"] == STEPS and metrics["step"] in (50, 85) and metrics["frames_per_second"] > 0
     assert model.facts["train"]["steps"] == STEPS and "devices" not in model.facts["train"]
     assert model.facts["step"] == metrics["step"] and len(model.facts["data"]) == 64
     assert model.facts["metrics"]["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
     assert model.cqt == tiny.CQT and model.sizes == recipe().model
     rows = [line.split("\t") for line in (tmp_path / "training/plots/metrics/loss.tsv").read_text().splitlines()]
-    assert rows[0] == ["step", "loss"] and [int(row[0]) for row in rows[1:]] == [25, 50, 75, 100, 110]
+    assert rows[0] == ["step", "loss"] and [int(row[0]) for row in rows[1:]] == [25, 50, 75, 85]
     assert float(rows[-1][1]) == model.facts["metrics"]["loss"]
     rows = (tmp_path / "training/plots/metrics/validation_top1.tsv").read_text().splitlines()
-    assert [row.split("\t")[0] for row in rows] == ["step", "50", "100", "110"]
+    assert [row.split("\t")[0] for row in rows] == ["step", "50", "85"]
 
 
-@pytest.mark.parametrize(("interval", "drawn"), [(30, [50, 75, 100, 110]), (50, [50, 100, 110]), (1000, [110])])
+@pytest.mark.parametrize(("interval", "drawn"), [(30, [50, 75, 85]), (50, [50, 85]), (1000, [85])])
 def test_the_network_is_drawn_at_the_first_pause_after_each_interval(shards, tmp_path, quiet, interval, drawn):
     settings = recipe().model_copy(update={"plot": params.Plot(interval=interval)})
     learn(settings, shards, tmp_path)
@@ -138,7 +140,7 @@ def test_the_network_is_drawn_at_the_first_pause_after_each_interval(shards, tmp
         {"precision": "bf16", "dtype": "float16"},
     ],
 )
-@pytest.mark.parametrize("at", [[3], [60, 101]])
+@pytest.mark.parametrize("at", [[3], [27, 80]])
 def test_a_stopped_run_goes_on_and_ends_where_an_unbroken_one_ends(shards, tmp_path, quiet, crash, changes, at):
     crash(None)
     unbroken = learn(recipe(**changes), shards, tmp_path / "unbroken")
@@ -162,7 +164,7 @@ def test_a_resumed_run_keeps_its_drawings_and_a_new_one_wipes_them(shards, tmp_p
     (tmp_path / "training" / "old.tsv").write_text("from another run")
     crash(None)
     learn(recipe(), shards, tmp_path)
-    assert sorted(int(path.stem) for path in (tmp_path / "network").iterdir()) == [50, 75, 100, 110]
+    assert sorted(int(path.stem) for path in (tmp_path / "network").iterdir()) == [50, 75, 85]
     (tmp_path / "network" / "9999.png").write_text("from another run")
     learn(recipe(steps=30), shards, tmp_path)
     assert [path.name for path in (tmp_path / "network").iterdir()] == ["30.png"]
@@ -176,7 +178,7 @@ def stopped(settings, shards, folder, crash, at=60):
     return crash(None)
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"steps": 120}, {"seed": 5}, {"contrast": 0.1}, {"precision": "bf16"}])
+@pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"steps": 90}, {"seed": 5}, {"contrast": 0.1}, {"precision": "bf16"}])
 def test_a_changed_parameter_starts_afresh(shards, tmp_path, quiet, crash, change):
     done = stopped(recipe(), shards, tmp_path / "a", crash)
     after = learn(recipe(**change), shards, tmp_path / "a")
@@ -312,7 +314,7 @@ def test_patience_ends_the_run_and_the_best_weights_are_kept(shards, tmp_path, q
 
 
 def test_without_patience_all_steps_are_done_and_the_best_weights_are_kept(shards, tmp_path, quiet, monkeypatch):
-    scores(monkeypatch, [0.2, 0.5, 0.4, 0.3, 0.1])
+    scores(monkeypatch, [0.2, 0.5, 0.4, 0.3])
     averages = watch_average(monkeypatch)
     learn(recipe(), shards, tmp_path)
     model = load_model(tmp_path / "gae.safetensors")
@@ -466,7 +468,7 @@ def test_validation_knows_invariant_features_from_others(shards):
 
     with Shards(shards) as read:
         validation = Validation(read, read.lines[:3], 3, seed=1)
-        assert len(validation.windows[0]) == 1200
+        assert len(validation.windows[0]) == 1200  # whatever the number of lines
         invariant, plain = (validation.score(Steps(invariant)) for invariant in (True, False))
         assert invariant > 0.3 and plain < 0.1
         assert Validation(read, [], 3, seed=1).score(Steps(True)) is None

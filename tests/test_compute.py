@@ -1,0 +1,81 @@
+"""Work over tracks: the same results from processes, from a Dask cluster, and from one that loses a worker."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import distributed
+import pytest
+
+from gae.compute import map_tracks
+from gae.errors import GaeError
+from gae.params import Compute
+
+
+def slow_copy(item, folder):
+    """A unit of work: writes what it was given, late enough for a worker to be killed meanwhile."""
+    time.sleep(0.15)
+    with open(os.path.join(folder, f"{item}.txt"), "a") as file:
+        file.write(f"{item}\n")
+    return item, os.getpid()
+
+
+def die(_):
+    os.kill(os.getpid(), 9)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler and two workers in processes of their own: (address, workers)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
+    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+    dask = [sys.executable, "-m", "dask"]
+    scheduler = subprocess.Popen([*dask, "scheduler", "--host", address, "--no-dashboard"], **quiet)
+    worker = [*dask, "worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny", "--local-directory", str(tmp_path)]
+    workers = [subprocess.Popen(worker, **quiet) for _ in range(2)]
+    with distributed.Client(address, timeout="60s") as client:
+        client.wait_for_workers(2, timeout=60)
+    yield address, workers
+    for process in [*workers, scheduler]:
+        process.kill()
+        process.wait()
+
+
+def test_a_cluster_that_loses_a_worker_gives_what_processes_give(cluster, tmp_path):
+    address, workers = cluster
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    items = list(range(24))
+    local = map_tracks(slow_copy, items, Compute(workers=2), "local", (str(here),))
+    killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({workers[0].pid}, 9)"])
+    remote = map_tracks(slow_copy, items, Compute(scheduler=address), "remote", (str(there),))
+    killer.wait()
+    assert workers[0].wait(timeout=10) == -9
+    assert [item for item, _ in remote] == [item for item, _ in local] == items
+    assert {file.name for file in there.iterdir()} == {file.name for file in here.iterdir()}
+    assert workers[1].pid in {pid for _, pid in remote}
+
+
+def test_relative_paths_mean_what_they_mean_to_the_caller(cluster, tmp_path, monkeypatch):
+    (tmp_path / "music").mkdir()
+    monkeypatch.chdir(tmp_path / "music")
+    map_tracks(slow_copy, ["song"], Compute(scheduler=cluster[0]), "remote", (".",))
+    assert (tmp_path / "music" / "song.txt").read_text() == "song\n"
+
+
+def test_no_scheduler_is_one_line(monkeypatch):
+    monkeypatch.setattr("gae.compute._PATIENCE", 1)
+    with pytest.raises(GaeError, match=r"^compute\.scheduler: no Dask scheduler answers at tcp://127\.0\.0\.1:9") as error:
+        map_tracks(die, [1], Compute(scheduler="tcp://127.0.0.1:9"), "remote")
+    assert "\n" not in str(error.value)
+
+
+def test_a_killed_process_is_one_line():
+    with pytest.raises(GaeError, match="a worker process was killed"):
+        map_tracks(die, [1, 2], Compute(workers=2), "local")
