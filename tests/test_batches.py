@@ -208,7 +208,7 @@ def test_tracks_shorter_than_an_excerpt_are_left_out(shards):
 
 
 def test_a_track_of_just_one_excerpt_will_do(shards):
-    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=60 - CONTEXT, batch=3, stride=1, dropout=0.0))
+    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=60 - CONTEXT, batch=3, stride=1, dropout=0.0, shift=16))
     assert all(origin(y)[2][0] == CONTEXT for y in made.batch(0).y1 if y.any())
 
 
