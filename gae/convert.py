@@ -180,8 +180,8 @@ def feature_names(paths):
     """A readable name for each path's features, without suffix: all different, even where case doesn't count.
 
     The name is the path's stem, what is not a letter, digit or one of ``_.+-`` replaced. Paths that would share a name all get
-    the first digits of their path's hash behind it, as does a stem that looks as if it had them: one path's name
-    never depends on the order of the others.
+    their folder's name before it and the first digits of their path's hash behind, as does a stem that looks as if it
+    had them: one path's name never depends on the order of the others.
 
     Parameters
     ----------
@@ -195,6 +195,7 @@ def feature_names(paths):
     shared = Counter(stem.casefold() for stem in stems.values())
     hashes = {path: hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest() for path in stems}
     marked = {path for path, stem in stems.items() if shared[stem.casefold()] > 1 or re.search("-[0-9a-f]{8,}$", stem, re.I)}
+    stems |= {path: _readable(f"{Path(path).parent.name}-{Path(path).stem}".lstrip("-")) for path in marked}
     for digits in range(8, 65, 8):
         names = {path: f"{stem}-{hashes[path][:digits]}" if path in marked else stem for path, stem in stems.items()}
         if len({name.casefold() for name in names.values()}) == len(names):

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import os
 import re
 import shutil
@@ -414,13 +415,45 @@ class Take:
     k: int
 
 
+def reaching(pitches, shifts):
+    """The sounds that have all the pitches in all the transpositions, by family.
+
+    Parameters
+    ----------
+    pitches : ndarray of int, shape (n,)
+        MIDI pitches.
+    shifts : sequence of int
+        In semitones.
+
+    Returns
+    -------
+    dict of str to list of int
+        General MIDI programs from 0; families that have none are left out.
+    """
+    lowest, highest = pitches.min() + min(shifts), pitches.max() + max(shifts)
+    sounds = {}
+    for family, programs in FAMILIES.items():
+        for program in programs:
+            bottom, top = COMPASSES.get(program, COMPASS)
+            if bottom <= lowest and highest <= top:
+                sounds.setdefault(family, []).append(program)
+    return sounds
+
+
+def draw_families(notes, shifts, rng):
+    """All families with a sound for all the notes (of NOTE) in all the transpositions, in random order: list of str."""
+    families = list(reaching(notes["pitch"], shifts))
+    shares = np.array([FAMILY_SHARES.get(family, 1.0) for family in families])
+    return rng.choice(families, len(families), replace=False, p=shares / shares.sum()).tolist()
+
+
 def draw_programs(family, notes, shifts, rng):
-    """Choose a sound for each part: one for all, of one family, or mixed; only ones that have all the notes.
+    """Choose a sound for each part: one for all, several of one family, or mixed with others.
 
     Parameters
     ----------
     family : str
-        The first part's; a piano plays all the parts.
+        The first part's, one of `draw_families`; a piano plays all the parts.
     notes : ndarray of NOTE, shape (n,)
     shifts : sequence of int
         Transpositions that the sounds must reach, in semitones.
@@ -434,27 +467,10 @@ def draw_programs(family, notes, shifts, rng):
     parts = [notes["pitch"][notes["part"] == part] for part in range(notes["part"].max() + 1)]
     scoring = rng.choice(["one", "family", "mixed"], p=[0.5, 0.25, 0.25])
     if scoring == "one" or family == "piano":
-        return (_draw_program(family, notes["pitch"], shifts, rng),) * len(parts)
-    others = rng.choice(list(FAMILIES), len(parts) - 1) if scoring == "mixed" else [family] * (len(parts) - 1)
-    return tuple(_draw_program(name, pitches, shifts, rng) for name, pitches in zip([family, *others], parts, strict=True))
-
-
-def _draw_program(family, pitches, shifts, rng):
-    """A sound of the family that has all the pitches; if none has, one of another family."""
-    lowest, highest = pitches.min() + min(shifts), pitches.max() + max(shifts)
-    for name in [family, *rng.permutation(list(FAMILIES))]:
-        compasses = {program: COMPASSES.get(program, COMPASS) for program in FAMILIES[name]}
-        reaching = [program for program, (bottom, top) in compasses.items() if bottom <= lowest and highest <= top]
-        if reaching:
-            return int(rng.choice(reaching))
-    raise Unplayable("goes beyond all sounds")
-
-
-def draw_families(count, rng):
-    """Different families of sounds, as many as there are at most, then again: list of str."""
-    shares = np.array([FAMILY_SHARES.get(name, 1.0) for name in FAMILIES])
-    names = rng.choice(list(FAMILIES), len(FAMILIES), replace=False, p=shares / shares.sum()).tolist()
-    return [names[n % len(names)] for n in range(count)]
+        return (int(rng.choice(reaching(notes["pitch"], shifts)[family])),) * len(parts)
+    sounds = [reaching(pitches, shifts) for pitches in parts]
+    families = [family] + [rng.choice(list(own)) if scoring == "mixed" else family for own in sounds[1:]]
+    return tuple(int(rng.choice(own[name])) for own, name in zip(sounds, families, strict=True))
 
 
 def synthesise(notes, take, duration):
@@ -589,20 +605,20 @@ def _views(score, steady, params, rng):
     n, pitches = params.view_transposition, score.notes["pitch"]
     lowest, highest = max(-n, COMPASS[0] - pitches.min()), min(n, COMPASS[1] - pitches.max())
     shifts = [0, *rng.integers(lowest, highest + 1, params.views - 1).tolist()]
-    families = draw_families(params.views, rng)
+    families = itertools.cycle(draw_families(score.notes, shifts, rng))
     return {
-        str(number): Take(steady, draw_programs(family, score.notes, [k], rng), k)
-        for number, (family, k) in enumerate(zip(families, shifts, strict=True), start=1)
+        str(number): Take(steady, draw_programs(family, score.notes, shifts, rng), k)
+        for number, (family, k) in enumerate(zip(families, shifts, strict=False), start=1)
     }
 
 
 def _evaluation_takes(score, steady, tempo, lead, rng):
     """The takes of a held-out piece: as written, transposed, and another performance in another sound."""
-    families = draw_families(len(FAMILIES), rng)
+    k = int(rng.choice([k for k in range(-HELDOUT_SHIFT, HELDOUT_SHIFT + 1) if k]))
+    families = draw_families(score.notes, [0, k], rng)
     lead = lead or next(family for family in families if family != "piano")
     other = next(family for family in families if family != lead)
-    k = int(rng.choice([k for k in range(-HELDOUT_SHIFT, HELDOUT_SHIFT + 1) if k]))
-    programs = draw_programs(lead, score.notes, (min(k, 0), max(k, 0)), rng)
+    programs = draw_programs(lead, score.notes, [0, k], rng)
     human = perform(score.notes, tempo * np.exp(0.12 * np.clip(rng.standard_normal(), -2, 2)), HUMAN, rng)
     return {
         "original": Take(steady, programs, 0),

@@ -64,10 +64,12 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
         view = View(run, curves, drawings) if fabric.is_global_zero else None
         for batch in run.excerpts.batches(run.step, params.train.steps):
             run.update(batch)
-            if run.step % PAUSE_STEPS and not run.ended:
+            if not run.pauses:
                 continue
             trouble = run.look()
             if trouble:
+                if view:
+                    view.close()
                 run.write_good(model_path)
                 raise TrainingError(f"{trouble}; weights from before are in {model_path}; lower train.learning_rate and train.muon_rate")
             if run.step % VALIDATION_STEPS == 0 or run.ended:
@@ -156,6 +158,11 @@ class Run:
         self._checkpointed = self._since = time.monotonic()
 
     @property
+    def pauses(self):
+        """Whether to look up after this step: the first tells where the loss comes from."""
+        return self.step == 1 or self.step % PAUSE_STEPS == 0 or self.ended
+
+    @property
     def ended(self):
         """Whether all steps are done, or validation has seen no progress for long enough."""
         patience = self.params.train.patience
@@ -187,10 +194,12 @@ class Run:
         if not (math.isfinite(row["loss"]) and all(weight.isfinite().all() for weight in self.model.parameters())):
             return f"the loss became NaN or infinite between steps {self.good_step} and {self.step}"
         self.history.append({"step": self.step, **row})
-        if len(self.history) > 8 and row["loss"] > 3 * self.history[0]["loss"]:
+        diverging = row["loss"] > 3 * self.history[0]["loss"]
+        if diverging and len(self.history) > 8:  # a rise at the very start may pass
             return f"the loss diverges: {row['loss']:.3g} at step {self.step}, {self.history[0]['loss']:.3g} at the start"
-        self.good.load_state_dict(self.average.state_dict())
-        self.good_step = self.step
+        if not diverging:
+            self.good.load_state_dict(self.average.state_dict())
+            self.good_step = self.step
         return None
 
     def validate(self):

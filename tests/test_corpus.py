@@ -255,5 +255,21 @@ def test_the_default_hour_is_diverse():
     heldout = [piece for piece, _ in corpus._heldout_candidates(pieces, 1)[:12]]
     for chosen in (heldout, corpus._training_candidates(pieces, 1)[:40]):
         assert len({piece.kind for piece in chosen}) >= 8
-    families = [corpus.draw_families(3, np.random.default_rng(seed)) for seed in range(40)]
-    assert all(len(set(drawn)) == 3 for drawn in families) and len({name for drawn in families for name in drawn}) >= 8
+
+
+def test_takes_are_in_different_sounds_that_have_all_the_notes():
+    rng = np.random.default_rng(3)
+    notes = np.concatenate([score_of([50, 76]), score_of([36, 60])])
+    notes["part"] = [0, 0, 1, 1]
+    firsts = set()
+    for _ in range(40):
+        families = corpus.draw_families(notes, [-3, 0, 5], rng)
+        assert len(set(families)) == len(families) >= 8
+        takes = [corpus.draw_programs(family, notes, [-3, 0, 5], rng) for family in families]
+        assert len({programs[0] for programs in takes}) == len(takes)
+        firsts |= {programs[0] for programs in takes}
+        for programs in takes:
+            for program, (lowest, highest) in zip(programs, [(47, 81), (33, 65)], strict=True):
+                bottom, top = corpus.COMPASSES.get(program, corpus.COMPASS)
+                assert bottom <= lowest and highest <= top
+    assert len(firsts) > 30

@@ -118,7 +118,7 @@ def test_what_a_run_leaves(shards, tmp_path, quiet):
     assert model.facts["metrics"]["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
     assert model.cqt == tiny.CQT and model.sizes == recipe().model
     rows = [line.split("\t") for line in (tmp_path / "training/plots/metrics/loss.tsv").read_text().splitlines()]
-    assert rows[0] == ["step", "loss"] and [int(row[0]) for row in rows[1:]] == [25, 50, 75, 85]
+    assert rows[0] == ["step", "loss"] and [int(row[0]) for row in rows[1:]] == [1, 25, 50, 75, 85]
     assert float(rows[-1][1]) == model.facts["metrics"]["loss"]
     rows = (tmp_path / "training/plots/metrics/validation_top1.tsv").read_text().splitlines()
     assert [row.split("\t")[0] for row in rows] == ["step", "50", "85"]
@@ -132,16 +132,16 @@ def test_the_network_is_drawn_at_the_first_pause_after_each_interval(shards, tmp
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("at", "changes"),
     [
-        {"optimiser": "muon"},
-        {"optimiser": "adam"},
-        {"optimiser": "adam", "objective": "reconstruction", "schedule": "constant", "sparsity": 1e-3, "weight_decay": 1e-4},
-        {"precision": "bf16", "dtype": "float16"},
+        ([3], {}),
+        ([27, 80], {}),
+        ([27, 80], {"optimiser": "adam"}),
+        ([60], {"optimiser": "adam", "objective": "reconstruction", "schedule": "constant", "sparsity": 1e-3, "weight_decay": 1e-4}),
+        ([60], {"precision": "bf16", "dtype": "float16"}),
     ],
 )
-@pytest.mark.parametrize("at", [[3], [27, 80]])
-def test_a_stopped_run_goes_on_and_ends_where_an_unbroken_one_ends(shards, tmp_path, quiet, crash, changes, at):
+def test_a_stopped_run_goes_on_and_ends_where_an_unbroken_one_ends(shards, tmp_path, quiet, crash, at, changes):
     crash(None)
     unbroken = learn(recipe(**changes), shards, tmp_path / "unbroken")
     first = 0
@@ -149,8 +149,8 @@ def test_a_stopped_run_goes_on_and_ends_where_an_unbroken_one_ends(shards, tmp_p
         done = crash(step)
         with pytest.raises(Crash):
             learn(recipe(**changes), shards, tmp_path / "stopped")
-        assert done == list(range(first, step))  # at most what is after the last pause is lost
-        first = step // 25 * 25
+        assert done == list(range(first, step))
+        first = max(1, step // 25 * 25)  # what is after the last pause is lost
     done = crash(None)
     assert learn(recipe(**changes), shards, tmp_path / "stopped") == unbroken
     assert done == list(range(first, STEPS))
@@ -292,10 +292,13 @@ def test_after_a_resume_the_last_good_weights_are_those_of_the_checkpoint(shards
     assert all(np.abs(weights[name] - averages[51][name]).max() < 0.05 for name in weights)
 
 
-def test_an_absurd_rate_stops_the_run(shards, tmp_path, quiet):
-    settings = recipe(learning_rate=1.0, optimiser="adam", schedule="constant", steps=2000, objective="reconstruction", filter_norm=100, averaging=0)
-    with pytest.raises(TrainingError, match="diverges|NaN or infinite"):
-        learn(settings, shards, tmp_path)
+def test_an_absurd_rate_stops_the_run_with_the_last_good_weights(shards, tmp_path, quiet, monkeypatch):
+    averages = watch_average(monkeypatch)
+    absurd = {"learning_rate": 1.0, "optimiser": "adam", "schedule": "constant", "objective": "reconstruction", "filter_norm": 100.0}
+    with pytest.raises(TrainingError, match=r"the loss diverges: .* at step 200, .* at the start; weights from before"):
+        learn(recipe(**absurd, steps=2000), shards, tmp_path)
+    weights = load_model(tmp_path / "gae.safetensors").weights
+    assert all(np.array_equal(weights[name], averages[1][name]) for name in weights)
 
 
 def scores(monkeypatch, values):
@@ -326,7 +329,7 @@ def test_without_patience_all_steps_are_done_and_the_best_weights_are_kept(shard
 def test_patience_is_not_forgotten_by_a_stopped_run(shards, tmp_path, quiet, crash, monkeypatch, at):
     """Scores are made to follow from the weights, so that runs can be compared."""
     monkeypatch.setattr(module, "VALIDATION_STEPS", 25)
-    monkeypatch.setattr(Validation, "score", lambda validation, model: -abs(float(model.map_1.weight.sum()) * 1e3 % 1) / 2)
+    monkeypatch.setattr(Validation, "score", lambda validation, model: -(model.map_1.weight.sum().item() * 1e3 % 1) / 2)
     crash(None)
     unbroken = learn(recipe(patience=4, steps=1000), shards, tmp_path / "unbroken")
     ended = read_json(tmp_path / "unbroken/metrics.json")
@@ -451,27 +454,25 @@ def test_a_device_that_is_not_there_is_one_line(shards, tmp_path):
         learn(recipe(accelerator="cuda"), shards, tmp_path)
 
 
-def test_validation_knows_invariant_features_from_others(shards):
-    class Steps:
-        """The direction of the strongest interval: the same at every transposition. Or the strongest bin: not the same."""
-
+def test_validation_knows_invariant_features_from_others(tmp_path):
+    class Fake:
         filters_x = torch.zeros(1)
 
-        def __init__(self, invariant):
-            self.invariant = invariant
+        def __init__(self, mapping):
+            self.mapping = mapping
 
-        def mapping(self, x, y):
-            if self.invariant:
-                spectra = torch.fft.rfft(torch.cat([x, y], dim=1), n=2 * y.shape[-1], dim=-1).abs()
-                return spectra.flatten(1)[:, None]
-            return y
+    def intervals(x, y):
+        """Where the tones are drops out of a spectrum's magnitude, and their distances stay."""
+        return torch.fft.rfft(torch.cat([x, y], dim=1), n=2 * y.shape[-1], dim=-1).abs().flatten(1)[:, None]
 
-    with Shards(shards) as read:
-        validation = Validation(read, read.lines[:3], 3, seed=1)
-        assert len(validation.windows[0]) == 1200  # whatever the number of lines
-        invariant, plain = (validation.score(Steps(invariant)) for invariant in (True, False))
-        assert invariant > 0.3 and plain < 0.1
-        assert Validation(read, [], 3, seed=1).score(Steps(True)) is None
+    lines = [[np.pad(tiny.frames(3000, seed, 20), ((0, 0), (8, 8)))] for seed in range(3)]
+    tiny.write_shards(tmp_path / "shards", lines)
+    with Shards(tmp_path / "shards") as read:
+        validation = Validation(read, read.lines, 3, seed=1)
+        assert len(validation.windows[0]) == 1200
+        assert validation.score(Fake(intervals)) > 0.9 and validation.score(Fake(lambda x, y: y)) < 0.1
+        assert validation.score(Fake(intervals)) == Validation(read, read.lines, 3, seed=1).score(Fake(intervals))
+        assert Validation(read, [], 3, seed=1).score(Fake(intervals)) is None
 
 
 def test_training_learns(tmp_path, quiet, monkeypatch):
@@ -525,9 +526,8 @@ def saves(folder):
         return None
 
 
-@pytest.mark.parametrize("optimiser", ["muon", "adam"])
-def test_killed_processes_end_where_an_unbroken_one_ends(shards, tmp_path, processes, optimiser):
-    settings = recipe(steps=400, precision="bf16", dtype="float16", optimiser=optimiser)
+def test_killed_processes_end_where_an_unbroken_one_ends(shards, tmp_path, processes):
+    settings = recipe(steps=300, precision="bf16", dtype="float16")
     unbroken = processes(settings, shards, tmp_path / "unbroken")
     unbroken.join()
     assert unbroken.exitcode == 0
@@ -564,7 +564,7 @@ def few_drawings(settings):
 
 
 def test_a_killed_stage_goes_on(shards, tmp_path, processes):
-    settings = few_drawings(recipe(steps=1000))
+    settings = few_drawings(recipe(steps=300))
     unbroken = processes(settings, shards, tmp_path / "unbroken")
     stage = subprocess.Popen(command(settings, shards, tmp_path / "stage"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     while saves(tmp_path / "stage") is None and stage.poll() is None:
@@ -585,11 +585,8 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
-@pytest.mark.parametrize("launcher", ["fabric", "torchrun"])
+@pytest.mark.parametrize(("launcher", "objective"), [("fabric", "reconstruction"), ("torchrun", "invariance")])
 def test_two_processes_get_the_weights_of_one(shards, tmp_path, quiet, launcher, objective):
-    if (launcher, objective) == ("torchrun", "reconstruction"):
-        pytest.skip("the launcher makes no difference to the objective")
     changes = {"optimiser": "adam", "objective": objective, "sparsity": 1e-3, "weight_decay": 1e-4, "steps": 40, "averaging": 0.0}
     learn(recipe(**changes), shards, tmp_path / "one")
     settings = few_drawings(recipe(**changes, devices=2))
