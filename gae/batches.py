@@ -12,7 +12,7 @@ import numpy as np
 
 from gae.errors import TrainingError
 
-_CHUNK = 1024  # frames read at a time
+_CHUNK = 256  # frames read at a time, as they are stored
 _CACHE_BYTES = 400 << 20  # of frames kept in memory, whatever the size of the corpus
 
 
