@@ -140,7 +140,9 @@ def _decoded(file, path):
     if total == 0:
         raise AudioError(f"{path}: holds no samples; record or export it again")
     if total < (promised := _promised(file)):
-        raise AudioError(f"{path}: truncated, {total / file.samplerate:.1f} s of {promised / file.samplerate:.1f} s are there; copy it again")
+        raise AudioError(
+            f"{path}: truncated, {total / file.samplerate:.1f} s of {promised / file.samplerate:.1f} s are there; copy it again"
+        )
 
 
 def _promised(file):

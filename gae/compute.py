@@ -88,7 +88,9 @@ def _dask_client(compute, workers):
         try:
             client = distributed.Client(compute.scheduler, timeout=_PATIENCE)
         except OSError:
-            raise GaeError(f"compute.scheduler: no Dask scheduler answers at {compute.scheduler}; start one with `dask scheduler`") from None
+            raise GaeError(
+                f"compute.scheduler: no Dask scheduler answers at {compute.scheduler}; start one with `dask scheduler`"
+            ) from None
         with client:
             yield client
         return

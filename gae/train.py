@@ -101,7 +101,9 @@ def launch(train):
             precision="bf16-mixed" if train.precision == "bf16" else "32-true",
         )
     except (RuntimeError, ValueError, MisconfigurationException) as error:
-        raise TrainingError(f"train.accelerator {train.accelerator}, train.devices {train.devices}: {' '.join(str(error).split())}") from None
+        raise TrainingError(
+            f"train.accelerator {train.accelerator}, train.devices {train.devices}: {' '.join(str(error).split())}"
+        ) from None
     fabric.launch()
     return fabric
 
@@ -416,7 +418,7 @@ def schedule(step, train):
         return 1.0
     rise = max(1.0, train.warmup * train.steps)
     if step < rise:
-        return (0.04 + 0.96 * (1 - math.cos(math.pi * step / rise)) / 2)
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * step / rise)) / 2
     return max(1e-4, (1 + math.cos(math.pi * (step - rise) / max(1.0, train.steps - rise))) / 2)
 
 

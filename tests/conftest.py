@@ -2,9 +2,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch starts: tiny matrices are no work for many threads
 
-import project  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import project
+import pytest
+from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("repeatable")

@@ -43,7 +43,10 @@ def pitch(samples, sample_rate):
 
 
 FORMATS = [
-    *(("wav", {"subtype": subtype}, 0.01 if subtype == "PCM_U8" else 1e-4) for subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE")),
+    *(
+        ("wav", {"subtype": subtype}, 0.01 if subtype == "PCM_U8" else 1e-4)
+        for subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE")
+    ),
     ("flac", {"subtype": "PCM_16"}, 1e-4),
     ("flac", {"subtype": "PCM_24"}, 1e-6),
     ("aiff", {"subtype": "PCM_16"}, 1e-4),
@@ -63,7 +66,9 @@ def test_every_format_gives_its_samples(write, extension, how, tolerance):
     assert audio.claimed_seconds(path) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize(("rate", "extension"), [(8000, "wav"), (22051, "flac"), (44100, "wav"), (44100, "mp3"), (48000, "ogg"), (96000, "flac")])
+@pytest.mark.parametrize(
+    ("rate", "extension"), [(8000, "wav"), (22051, "flac"), (44100, "wav"), (44100, "mp3"), (48000, "ogg"), (96000, "flac")]
+)
 @pytest.mark.parametrize("target", [8000, 22050])
 def test_resampling_keeps_length_and_pitch(write, rate, extension, target):
     samples = audio.load(write(f"tone.{extension}", tiny.tone(1.5, rate, 1000.0), rate), target)
@@ -243,7 +248,9 @@ def test_a_flac_that_claims_ten_hours_is_refused_in_little_memory(write):
 
 def test_any_damage_is_audio_or_one_line(write):
     """Bytes changed anywhere in the header: never another exception, never more samples than bytes."""
-    originals = {extension: write(f"tone.{extension}", tiny.tone(0.2, 8000), 8000).read_bytes() for extension in ("wav", "flac", "aiff", "ogg")}
+    originals = {
+        extension: write(f"tone.{extension}", tiny.tone(0.2, 8000), 8000).read_bytes() for extension in ("wav", "flac", "aiff", "ogg")
+    }
     for extension, original in originals.items():
         rng = np.random.default_rng(zlib.crc32(extension.encode()))
         for trial in range(60):

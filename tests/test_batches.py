@@ -64,7 +64,7 @@ def test_x_is_the_context_directly_before_y(shards, objective, stride):
             assert (x_line, x_view, x_shift) == (y_line, y_view, y_shift)
             assert np.array_equal(x_times, x_times[0] + np.arange(len(x)))
             assert np.array_equal(y_times, x_times[0] + CONTEXT + stride * np.arange(len(y)))
-            assert 0 <= x_times[0] and y_times[-1] < min(LENGTHS[x_line])
+            assert x_times[0] >= 0 and y_times[-1] < min(LENGTHS[x_line])
 
 
 def drawn(made, n_steps):
@@ -87,7 +87,9 @@ def test_the_sides_of_invariance_are_one_excerpt_at_two_shifts(shards):
 
 def test_the_originals_sides_are_one_excerpt_and_one_shift_for_the_whole_batch(shards):
     shifts = {}
-    for step, (line_1, view_1, times_1, shift_1), (line_2, view_2, times_2, shift_2) in drawn(excerpts(shards, objective="reconstruction"), 200):
+    for step, (line_1, view_1, times_1, shift_1), (line_2, view_2, times_2, shift_2) in drawn(
+        excerpts(shards, objective="reconstruction"), 200
+    ):
         assert (line_1, view_1) == (line_2, view_2) and np.array_equal(times_1, times_2) and shift_1 == 0
         assert shifts.setdefault(step, shift_2) == shift_2
     assert set(shifts.values()) == set(range(-16, 17))

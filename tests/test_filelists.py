@@ -198,7 +198,9 @@ def test_what_is_no_text_is_refused(read, text):
         read(text)
 
 
-pieces = st.sampled_from([*FILES, "\t", "\n", "\r\n", "#", " # ", "*", "[", "]", "**", "?", "\0", "~", "\x0b", "\x85", "\u2028", "views/*.ogg"])
+pieces = st.sampled_from(
+    [*FILES, "\t", "\n", "\r\n", "#", " # ", "*", "[", "]", "**", "?", "\0", "~", "\x0b", "\x85", "\u2028", "views/*.ogg"]
+)
 
 
 @given(st.lists(pieces | st.text(max_size=4), max_size=8).map("".join))

@@ -121,7 +121,8 @@ def test_overrides_replace_what_the_file_says(load):
 
 
 @pytest.mark.parametrize(
-    "override", ["model.n_maps", "=3", "model.=3", "n_maps=3", "model.n_maps=[", "model.n_maps=", "model.n_maps=wide", "modle.n_maps=3", "a.b.c=3"]
+    "override",
+    ["model.n_maps", "=3", "model.=3", "n_maps=3", "model.n_maps=[", "model.n_maps=", "model.n_maps=wide", "modle.n_maps=3", "a.b.c=3"],
 )
 def test_a_mistaken_override_is_one_line(refuse, override):
     assert override.partition("=")[0].rstrip(".").partition(".")[0] in refuse("", [override])
@@ -176,7 +177,9 @@ values = st.recursive(
     max_leaves=5,
 )
 names = st.sampled_from(list(Params.model_fields))
-sections = st.dictionaries(names, values | st.dictionaries(st.sampled_from(sorted({key for _, key in KEYS})), values, max_size=3), max_size=2)
+sections = st.dictionaries(
+    names, values | st.dictionaries(st.sampled_from(sorted({key for _, key in KEYS})), values, max_size=3), max_size=2
+)
 
 
 def valid_or_one_line(text):

@@ -193,7 +193,9 @@ def test_changed_content_is_computed_and_the_old_goes(folder, computed):
     assert content() == fresh()
 
 
-@pytest.mark.parametrize("change", [{"data": {"dtype": "float32"}}, {"cqt": {"gain": 100.0}}, {"cqt": {"hop_length": 512}}, {"cqt": {"n_bins": 24}}])
+@pytest.mark.parametrize(
+    "change", [{"data": {"dtype": "float32"}}, {"cqt": {"gain": 100.0}}, {"cqt": {"hop_length": 512}}, {"cqt": {"n_bins": 24}}]
+)
 def test_other_parameters_compute_all(folder, computed, change):
     run()
     before = content()
