@@ -12,6 +12,7 @@ from gae.errors import AudioError
 _CHUNK = 1 << 18  # samples decoded at a time, over all channels
 _RATES = (1_000, 768_000)  # sample rates believed of a file, in Hz
 _CHANNELS = 64
+_SLACK = 0.1  # s that may be missing at the end: Ogg files claim some samples more than their last page decodes to
 _LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
 # libsndfile shortens wav and aiff files that are truncated without a word, but in its log
 _SHORTENED = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -139,7 +140,7 @@ def _decoded(file, path):
         total += len(read)
     if total == 0:
         raise AudioError(f"{path}: holds no samples; record or export it again")
-    if total < (promised := _promised(file)):
+    if total < (promised := _promised(file)) - _SLACK * file.samplerate:
         raise AudioError(
             f"{path}: truncated, {total / file.samplerate:.1f} s of {promised / file.samplerate:.1f} s are there; copy it again"
         )

@@ -263,3 +263,15 @@ def test_any_damage_is_audio_or_one_line(write):
                 assert len(audio.load(path, 8000)) < 200 * len(content)
             except AudioError as error:
                 assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("missing", "fails"), [(104, False), (8000, True)])
+def test_a_few_samples_less_than_claimed_are_no_truncation(tmp_path, monkeypatch, missing, fails):
+    path = tmp_path / "song.ogg"
+    soundfile.write(path, np.zeros(44100, np.float32) + 0.1, 44100)
+    monkeypatch.setattr(audio, "_promised", lambda file: 44100 + missing)
+    if fails:
+        with pytest.raises(AudioError, match="truncated"):
+            audio.probe(path)
+    else:
+        assert audio.probe(path).n_samples == 44100

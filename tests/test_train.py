@@ -79,6 +79,10 @@ class Crash(Exception):
     pass
 
 
+def fail(*_, **__):
+    raise Crash
+
+
 @pytest.fixture
 def crash(monkeypatch):
     """Makes the next run fail before it does a certain step; also counts the steps that are done."""
@@ -332,6 +336,11 @@ def test_patience_is_not_forgotten_by_a_stopped_run(shards, tmp_path, quiet, cra
     ended = read_json(tmp_path / "unbroken/metrics.json")
     assert 75 < ended["steps"] < 1000
     done = stopped(settings, shards, tmp_path / "a", crash, ended["steps"] - 1)
+    with monkeypatch.context() as failing:
+        failing.setattr(module, "save_model", fail)
+        with pytest.raises(Crash):  # when all is done and nothing written
+            learn(settings, shards, tmp_path / "a")
+    done.clear()
     assert learn(settings, shards, tmp_path / "a") == unbroken and done == list(range(ended["steps"] - 25, ended["steps"]))
     after = read_json(tmp_path / "a/metrics.json")
     assert (after["step"], after["steps"]) == (ended["step"], ended["steps"])
