@@ -12,7 +12,7 @@ from gae.errors import AudioError
 _CHUNK = 1 << 18  # samples decoded at a time, over all channels
 _RATES = (1_000, 768_000)  # sample rates believed of a file, in Hz
 _CHANNELS = 64
-_SLACK = 0.1  # s that may be missing at the end: Ogg files claim some samples more than their last page decodes to
+_SLACK = 0.05  # s that may be missing at the end: Ogg files claim some samples more than their last page decodes to
 _LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
 # libsndfile shortens wav and aiff files that are truncated without a word, but in its log
 _SHORTENED = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)

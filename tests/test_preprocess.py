@@ -284,11 +284,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
     command += ["--out", "shards", "--staging", "staging"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for least in (2, 6):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
         while len(list(Path("staging").glob("*/*.h5"))) < least and process.poll() is None:
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.communicate(timeout=120)  # until no worker holds the other end: none outlives its parent
+        assert process.returncode == -signal.SIGKILL
         assert not list(Path("shards").glob("*/index.json"))
     waiting = {path: path.stat().st_ino for path in Path("staging").glob("*/*.h5")}
     assert len(waiting) >= 6
