@@ -185,8 +185,12 @@ def stopped(settings, shards, folder, crash, at=60):
 @pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"steps": 60}, {"seed": 5}])
 def test_a_changed_parameter_starts_afresh(shards, tmp_path, quiet, crash, change):
     stopped(recipe(), shards, tmp_path, crash)
-    done = stopped(recipe(**change), shards, tmp_path, crash, 30)
+    done = crash(30)
+    with pytest.raises(Crash):
+        learn(recipe(**change), shards, tmp_path)
+    assert done == list(range(30))
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # the other recipe's is gone
+    crash(None)
     learn(recipe(**change), shards, tmp_path)
     assert done[0] == 25 and not (tmp_path / "checkpoints").exists()
 
