@@ -26,7 +26,7 @@ from gae import plot
 from gae.batches import Excerpts, long_enough, transpose
 from gae.checkpoints import Checkpoints
 from gae.errors import TrainingError
-from gae.files import digest, read_json, write_json
+from gae.files import digest, read_json, sweep, write_json
 from gae.measures import invariance_top1
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.shards import Shards
@@ -257,6 +257,7 @@ class View:
                 shutil.rmtree(folder, ignore_errors=True)
         self.drawings = Path(drawings)
         self.drawings.mkdir(parents=True, exist_ok=True)
+        sweep(self.drawings)
         self.live = Live(str(curves), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
         for row in run.history:
             self._log(row)

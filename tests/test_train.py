@@ -166,6 +166,7 @@ def test_a_resumed_run_keeps_its_drawings_and_a_new_one_wipes_them(shards, tmp_p
     with pytest.raises(Crash):
         learn(recipe(), shards, tmp_path)
     (tmp_path / "training" / "old.tsv").write_text("from another run")
+    (tmp_path / "network" / ".50.png.77.partial").write_text("half")
     crash(None)
     learn(recipe(), shards, tmp_path)
     assert sorted(int(path.stem) for path in (tmp_path / "network").iterdir()) == [50, 75, 85]
