@@ -97,12 +97,22 @@ def test_weights_travel_by_the_default_remote(finished_project, tmp_path):
     assert (clone / "models/gae.safetensors").read_bytes() == (project / "models/gae.safetensors").read_bytes()
 
 
+def test_a_clone_that_pulled_everything_has_nothing_to_do(finished_project, tmp_path):
+    project = finished_project.copy(tmp_path / "gae")
+    project.run("dvc", "push")
+    clone = _clone(project, tmp_path / "clone")
+    clone.run("dvc", "pull")
+    assert clone.files("features") == project.files("features")
+    assert clone.repro()[0] == ["index"]
+    assert clone.run("git", "status", "--short") == ""
+
+
 def test_weights_travel_by_s3(finished_project, s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
     boto3.client("s3", endpoint_url=s3, region_name="us-east-1").create_bucket(Bucket="weights")
     project = finished_project.copy(tmp_path / "gae")
-    project.run("dvc", "remote", "add", "--default", "--force", "storage", "s3://weights/gae")
+    project.run("dvc", "remote", "modify", "storage", "url", "s3://weights/gae")
     project.run("dvc", "remote", "modify", "storage", "endpointurl", s3)
     project.commit()
     assert "1 file pushed" in project.run("dvc", "push", "models/gae.safetensors")
