@@ -10,13 +10,15 @@ _PARTIAL = ".partial"
 
 
 @contextmanager
-def replacing(path):
+def replacing(path, durable=True):
     """Yield a temporary path beside `path` that takes its place when the block ends well.
 
     Parameters
     ----------
     path : str or Path
         The file to write. Missing folders are made.
+    durable : bool
+        Wait until the disk has it, for the sake of power cuts; what is soon copied elsewhere need not.
 
     Yields
     ------
@@ -28,8 +30,9 @@ def replacing(path):
     partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
         yield partial
-        with open(partial, "rb+") as written:
-            os.fsync(written.fileno())
+        if durable:
+            with open(partial, "rb+") as written:
+                os.fsync(written.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

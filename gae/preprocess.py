@@ -83,7 +83,7 @@ def compute_track(file, cqt, dtype, place):
         with analyse(audio.blocks(file["path"], cqt.sample_rate), cqt) as analysis:
             if content_hash(file["path"]) != file["sha256"]:
                 return f"{file['path']}: changed while it was read; run again"
-            with shards.writing(place / f"{file['key']}.h5", cqt) as shard:
+            with shards.writing(place / f"{file['key']}.h5", cqt, durable=False) as shard:
                 facts = {"path": file["path"], "duration": file["seconds"], "peak": analysis.peak}
                 shards.add_track(shard, file["key"], analysis.blocks(), cqt.n_bins, dtype, **facts)
     except AudioError as error:

@@ -173,9 +173,9 @@ def read_blocks(file, key, n_frames=8192):
 
 
 @contextmanager
-def writing(file, cqt):
+def writing(file, cqt, durable=True):
     """Yield an open HDF5 file that becomes the shard `file` when the block ends well."""
-    with replacing(file) as partial, h5py.File(partial, "w", libver=("v110", "v110")) as shard:
+    with replacing(file, durable) as partial, h5py.File(partial, "w", libver=("v110", "v110")) as shard:
         shard.attrs["schema"] = SCHEMA
         shard.attrs["cqt"] = json.dumps(cqt.model_dump(), sort_keys=True)
         yield shard
