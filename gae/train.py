@@ -109,7 +109,7 @@ def launch(train):
 
 
 def keep_memory():
-    """Ask glibc to keep what is freed: arrays that come and go at every step cost a fifth of it in page faults otherwise."""
+    """Ask glibc to keep what is freed: arrays that come and go at every step cost page faults otherwise."""
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     with suppress(AttributeError, OSError):  # other C libraries have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
