@@ -26,7 +26,7 @@ from gae.params import Cqt
 
 SCHEMA = 1
 SUFFIXES = (".h5", ".npz", ".csv")
-_BLOCK = 512  # frames mapped at a time: their contexts just fit a core's cache
+_BLOCK = 4096  # frames mapped at a time
 _REMEDY = "convert the audio again"
 
 
@@ -217,19 +217,41 @@ def validate(path):
 def _mapping(model):
     """The function from frames (context + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
     weights, sizes = model.weights, model.sizes
-    n_bins = weights["filters_y"].shape[1]
-    filters_x = weights["filters_x"].T
+    factors_x = _correlation(weights["filters_x"].reshape(sizes.n_factors, sizes.context, -1))
     filters_y = weights["filters_y"].T * np.float32(sizes.input_scale**2)  # both inputs are scaled, and multiplied
     map_1, bias_1 = weights["map_1.weight"].T, weights["map_1.bias"]
     map_2, bias_2 = weights["map_2.weight"].T, weights["map_2.bias"]
 
     def mapping(frames):
-        contexts = np.lib.stride_tricks.sliding_window_view(frames[:-1], (sizes.context, n_bins)).reshape(-1, len(filters_x))
-        factors = contexts @ filters_x
+        factors = factors_x(frames[:-1])
         factors *= frames[sizes.context :] @ filters_y
         return np.tanh(np.tanh(factors @ map_1 + bias_1) @ map_2 + bias_2)
 
     return mapping
+
+
+def _correlation(filters):
+    """The function that correlates frames (n + length - 1, n_bins) with filters (n_filters, length, n_bins): (n, n_filters).
+
+    In the frequency domain, over windows that overlap by what wraps around (overlap-save): a sixth of the work of the
+    product with every context written out.
+    """
+    length, n_bins = filters.shape[1:]
+    size = 1 << max(7, (2 * length).bit_length())
+    hop = size - length + 1
+    spectra = np.ascontiguousarray(np.fft.rfft(filters[:, ::-1], size, axis=1).transpose(1, 2, 0))
+
+    def correlation(frames):
+        n_frames = len(frames) - length + 1
+        n_windows = -(-n_frames // hop)
+        padded = np.zeros((n_windows * hop + length - 1, n_bins), np.float32)
+        padded[: len(frames)] = frames
+        windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=0)[::hop]
+        products = np.fft.rfft(windows.transpose(2, 0, 1), axis=0) @ spectra
+        sums = np.fft.irfft(products, size, axis=0)[length - 1 :]
+        return sums.transpose(1, 0, 2).reshape(-1, len(filters))[:n_frames]
+
+    return correlation
 
 
 @lru_cache(maxsize=1)

@@ -49,7 +49,7 @@ def test_features_follow_the_formula():
 def test_features_equal_the_networks_mapping():
     import torch
 
-    model, frames = tiny.model(), tiny.frames(700)
+    model, frames = tiny.model(), tiny.frames(5000)
     y = torch.from_numpy(frames)[None]
     x = torch.cat([y[:, :1].expand(-1, model.sizes.context, -1), y], 1)[:, :-1]
     with torch.inference_mode():
@@ -58,14 +58,14 @@ def test_features_equal_the_networks_mapping():
     assert np.array_equal(extract_frames(frames, model), extract_frames(frames, model.network))
 
 
-@pytest.mark.parametrize("size", [1, 7, 511, 512, 513, 5000])
+@pytest.mark.parametrize("size", [7, 4095, 4096, 4097, 20000])
 def test_features_do_not_depend_on_blocks_or_threads(size):
-    frames = tiny.frames(1500)
+    frames = tiny.frames(9000)
     whole = extract_frames(frames, tiny.model())
     with threadpool_limits(limits=2):
         blocks = [frames[:0], *(frames[start : start + size] for start in range(0, len(frames), size)), frames[:0]]
         pieces = list(extract_blocks(iter(blocks), tiny.model()))
-    assert whole.dtype == np.float32 and whole.shape == (1500, 7)
+    assert whole.dtype == np.float32 and whole.shape == (9000, 7)
     assert np.array_equal(np.concatenate(pieces), whole)
 
 
@@ -74,7 +74,7 @@ def test_features_never_look_ahead():
     changed = frames.copy()
     changed[520:] = tiny.frames(80, seed=1)
     before, after = extract_frames(frames, tiny.model()), extract_frames(changed, tiny.model())
-    assert np.abs(before[:520] - after[:520]).max() < 1e-6
+    assert np.abs(before[:520] - after[:520]).max() < 1e-5  # the transform's rounding
     assert (np.abs(before[520:] - after[520:]).max(axis=1) > 1e-3).all()
 
 
