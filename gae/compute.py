@@ -4,12 +4,13 @@ A unit of work is a top-level function of plain arguments that writes its own ou
 small report. It runs unchanged in processes of this machine and on a Dask cluster that sees the same files.
 """
 
+import ctypes
 import multiprocessing
 import os
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -72,11 +73,21 @@ def executor(compute):
         return
     # children read these when they import numpy: one thread each, as many processes as cores
     with _environment(dict.fromkeys(_THREADS, "1")):
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
         try:
             yield pool
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def keep_memory():
+    """Ask glibc to keep what is freed: arrays that come and go with every step or piece cost page faults otherwise."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    with suppress(AttributeError, OSError):  # other C libraries have no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(top_pad, 64 << 20)
+        mallopt(mmap_threshold, 32 << 20)
 
 
 @contextmanager
@@ -103,6 +114,12 @@ def _dask_client(compute, workers):
         cluster = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
     with cluster, distributed.Client(cluster) as client:
         yield client
+
+
+def _begin():
+    """Set up a worker process."""
+    keep_memory()
+    _end_with_parent()
 
 
 def _end_with_parent():

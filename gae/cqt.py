@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import librosa
 import numpy as np
 
-_PIECE = 8192  # frames transformed at a time
+_PIECE = 16384  # frames transformed at a time
 _DUST = 1e-6  # of the largest magnitude: a frame without more holds rounding errors that sound before or after it left
 _ALIGN = 64  # pieces overlap by a multiple of this, so that every octave's decimation starts on the same samples
 
@@ -89,21 +89,24 @@ def magnitude_blocks(sample_blocks, cqt):
     """
     margin = _margin(cqt) * cqt.hop_length
     piece = _PIECE * cqt.hop_length
-    held, start, first = np.zeros(0, np.float32), 0, 0  # `held` begins at sample `start`; `first` is the next frame
+    held, count, start, first = [], 0, 0, 0  # `count` samples are held, from sample `start` on; `first` is the next frame
     for block in sample_blocks:
-        held = np.concatenate([held, block])
-        while start + len(held) >= first * cqt.hop_length + piece + margin:
-            yield _transform(held[: first * cqt.hop_length - start + piece + margin], start, first, _PIECE, cqt)
+        held.append(block)
+        count += len(block)
+        while start + count >= first * cqt.hop_length + piece + margin:
+            samples = np.concatenate(held)
+            yield _transform(samples[: first * cqt.hop_length - start + piece + margin], start, first, _PIECE, cqt)
             first += _PIECE
             keep = max(0, first * cqt.hop_length - margin)
-            held, start = held[keep - start :], keep
-    rest = 1 + (start + len(held)) // cqt.hop_length - first
-    if start + len(held) > 0 and rest > 0:
+            held, count, start = [samples[keep - start :]], start + count - keep, keep
+    rest = 1 + (start + count) // cqt.hop_length - first
+    if start + count > 0 and rest > 0:
+        samples = np.concatenate(held)
         # what is left may be up to a margin longer than one piece
         for offset in range(0, rest, _PIECE):
             keep = max(0, (first + offset) * cqt.hop_length - margin)
             end = (first + offset) * cqt.hop_length + piece + margin
-            yield _transform(held[keep - start : end - start], keep, first + offset, min(_PIECE, rest - offset), cqt)
+            yield _transform(samples[keep - start : end - start], keep, first + offset, min(_PIECE, rest - offset), cqt)
 
 
 def compress(magnitudes, peak, cqt):

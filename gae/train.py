@@ -5,13 +5,11 @@ the step alone (`gae.batches`), so weights, optimiser state and the number of th
 """
 
 import copy
-import ctypes
 import logging
 import math
 import shutil
 import time
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from gae import plot
 from gae.batches import Excerpts, long_enough, transpose
 from gae.checkpoints import Checkpoints
+from gae.compute import keep_memory
 from gae.errors import TrainingError
 from gae.files import digest, read_json, sweep, write_json
 from gae.measures import invariance_top1
@@ -106,16 +105,6 @@ def launch(train):
         ) from None
     fabric.launch()
     return fabric
-
-
-def keep_memory():
-    """Ask glibc to keep what is freed: arrays that come and go at every step cost page faults otherwise."""
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
-    with suppress(AttributeError, OSError):  # other C libraries have no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(top_pad, 64 << 20)
-        mallopt(mmap_threshold, 32 << 20)
 
 
 class Run:
