@@ -22,6 +22,7 @@ from threadpoolctl import ThreadpoolController
 from gae.cqt import frame_times
 from gae.errors import FormatError
 from gae.files import replacing
+from gae.modelfile import Model
 from gae.params import Cqt
 
 SCHEMA = 1
@@ -118,7 +119,8 @@ def extract_blocks(blocks, model):
     ndarray of float32, shape (n, n_maps)
         Successive features, as many as frames. Before the first frame stand copies of it.
     """
-    mapping, context = _mapping(model), model.sizes.context
+    mapping = _remembered(model) if isinstance(model, Model) else _mapping(model)  # a network may learn meanwhile
+    context = model.sizes.context
     past = None
     for frames in _regrid(blocks, _BLOCK):
         if past is None:
@@ -228,6 +230,9 @@ def _mapping(model):
         return np.tanh(np.tanh(factors @ map_1 + bias_1) @ map_2 + bias_2)
 
     return mapping
+
+
+_remembered = lru_cache(maxsize=1)(_mapping)
 
 
 def _correlation(filters):

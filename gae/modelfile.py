@@ -41,6 +41,10 @@ class Model:
     facts: dict = field(default_factory=dict)
     sha256: str = ""
 
+    def __post_init__(self):
+        for array in self.weights.values():
+            array.setflags(write=False)  # what is derived from them is remembered
+
     @property
     def network(self):
         """A `gae.model.GatedAutoencoder` with these weights, in evaluation mode: for training, reconstruction or a GPU."""
