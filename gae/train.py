@@ -238,7 +238,7 @@ class Run:
 
 
 class View:
-    """What a person sees of a run: the bar, DVCLive's curves, drawings of the network."""
+    """What a person sees of a run: the bar, DVCLive's curves, drawings of the network and the losses."""
 
     def __init__(self, run, curves, drawings):
         if run.step == 0:
@@ -262,6 +262,7 @@ class View:
         self.bar.update(run.step - self.bar.n)
         if due or run.ended:
             plot.draw_network(run.average, run.shards.cqt, self.frames, self.drawings, run.step)
+            plot.draw_losses(run.history, self.drawings / "loss.png")
 
     def close(self):
         """Finish the bar and the curves."""

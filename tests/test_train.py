@@ -46,6 +46,7 @@ def shards(tmp_path_factory):
 def quiet(monkeypatch):
     """Drawings are files of their step, and pauses that validate are many."""
     monkeypatch.setattr(module.plot, "draw_network", draw_nothing)
+    monkeypatch.setattr(module.plot, "draw_losses", lambda history, path: None)
     monkeypatch.setattr(module, "VALIDATION_STEPS", 50)
     monkeypatch.setattr(module, "_VALIDATION_FRAMES", 100)
 
