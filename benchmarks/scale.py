@@ -1,11 +1,11 @@
 """What a list costs as it grows: time, memory, files, and the work of one more track, under DVC as a user runs it.
 
-    python benchmarks/scale.py [--tracks 100 1000 10000] [--workers 1] [--folder /somewhere/large]
+    python benchmarks/scale.py [--tracks 100 1000 10000] [--workers 1] [--folder /somewhere/large] [--plot docs/scale.png]
 
 In a clone of this checkout's last commit, with its own parameters and the shipped weights, all tracks are on both lists; they are tones of
 2 s, all different. `dvc repro convert` runs three times: on the whole list, with nothing changed, and with one track more. What DVC itself
 does between the stages is in rows of its own. Memory is the resident set, sampled; of all processes together it counts shared pages more
-than once. Prints a table for each length of the list and draws docs/scale.png.
+than once. Prints a table for each length of the list and draws them all.
 """
 
 import argparse
@@ -33,14 +33,14 @@ SHARDS, FEATURES = ("data/shards/train", "data/shards/convert"), "features"
 COLOURS = {"index": "#31688e", "preprocess": "#b5123e", "convert": "#d98c3f", "DVC": "#6f6f6f"}
 
 
-def main(lengths, workers, folder):
+def main(lengths, workers, folder, plot):
     """All lengths in turn, printed as they come and drawn at the end."""
     runs = {}
     for n in lengths:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             runs[n] = measure(Path(place), n, workers)
         report(n, workers, *runs[n])
-    draw({n: timings for n, (timings, _) in runs.items()}, "docs/scale.png")
+    draw({n: timings for n, (timings, _) in runs.items()}, plot)
 
 
 def measure(place, n, workers):
@@ -74,7 +74,7 @@ def prepare(project, workers):
 
 
 def environment(project):
-    """This interpreter's programs, this project's code, and DVC's notes beside the project."""
+    """Programs of this interpreter, and DVC's notes beside the project."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(project.parent / "dvc")}
 
@@ -179,5 +179,6 @@ if __name__ == "__main__":
     parser.add_argument("--tracks", type=int, nargs="+", default=[100, 1000, 10000], help="lengths of the list")
     parser.add_argument("--workers", type=int, default=1, help="compute.workers; 0 is one a core")
     parser.add_argument("--folder", help="where temporary files go, about 0.7 MB a track")
+    parser.add_argument("--plot", default="docs/scale.png", help="picture to draw (default: %(default)s)")
     given = parser.parse_args()
-    main(given.tracks, given.workers, given.folder)
+    main(given.tracks, given.workers, given.folder, given.plot)
