@@ -168,7 +168,7 @@ def _s3(_):
 
 @contextlib.contextmanager
 def _ssh(place):
-    """OpenSSH's server on the loopback interface, with keys that nobody else has."""
+    """OpenSSH's server on the loopback interface: SFTP and nothing else, with keys that nobody else has."""
     if not SSHD:
         pytest.skip("no sshd on this machine")
     port = _free_port()
@@ -184,6 +184,7 @@ def _ssh(place):
         "PasswordAuthentication": "no",
         "KbdInteractiveAuthentication": "no",
         "Subsystem": "sftp internal-sftp",
+        "ForceCommand": "internal-sftp",
     }
     (place / "config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
     with _privilege_separation(), _serving([SSHD, "-D", "-e", "-f", str(place / "config")], port):
