@@ -139,9 +139,11 @@ def report(n, workers, timings, facts):
         print(f"{run:26} {'s':>12} {'ms a track':>12} {'largest process, MB':>21} {'all, MB':>9}")
         for phase, (seconds, largest, together) in phases.items():
             print(f"  {phase:24} {seconds:12.1f} {1000 * seconds / n:12.2f} {largest / MB:21.0f} {together / MB:9.0f}")
-        print(f"  {'total':24} {total(phases):12.1f} {1000 * total(phases) / n:12.2f}")
+        for name, seconds in {"DVC in all": by_kind(phases)["DVC"], "total": total(phases)}.items():
+            print(f"  {name:24} {seconds:12.1f} {1000 * seconds / n:12.2f}")
     for name, written in facts["written"].items():
-        print(f"{name}: {len(facts[name])} files, {sum(facts[name]) / MB:.1f} MB; written for one more track: {len(written)}", flush=True)
+        print(f"{name}: {len(facts[name])} files, {sum(facts[name]) / MB:.1f} MB; written for one more track: {len(written)}")
+    print(end="", flush=True)
 
 
 def total(phases):
