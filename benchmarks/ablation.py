@@ -48,6 +48,8 @@ def run(name, overrides, seed, steps):
     """Run one experiment up to its evaluation and return its figures."""
     settings = [f"train.steps={steps}", f"train.seed={seed}", *overrides]
     options = [word for setting in settings for word in ("-S", setting)]
+    # an experiment leaves its parameters in the workspace, where the next would inherit them
+    subprocess.run(["git", "restore", "params.yaml"], check=True)
     subprocess.run(["dvc", "exp", "run", "-n", f"{name}-seed-{seed}", *options, "evaluate"], check=True, stdout=sys.stderr)
     metrics, full = read_json("metrics.json"), read_json("evaluation.json")
     return {
