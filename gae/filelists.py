@@ -9,6 +9,8 @@ from pathlib import Path
 from gae.commandline import warn
 from gae.errors import ListError
 
+_LONGEST = 4096  # characters of a path that may exist
+
 
 @dataclass(frozen=True)
 class Line:
@@ -61,11 +63,17 @@ def check_list(file, coming):
 
 def _text_lines(file):
     try:
-        return Path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (FileNotFoundError, IsADirectoryError):
         raise ListError(f"{file}: no such list; write one audio path a line, or name another in params.yaml") from None
     except UnicodeDecodeError:
         raise ListError(f"{file}: not UTF-8 text; a list holds one audio path a line") from None
+    except ValueError:  # of its name
+        raise ListError(f"{file}: no file can be called so; name another list in params.yaml") from None
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ListError(f"{file}, line {number}: holds a zero byte; a list holds one audio path a line")
+    return lines
 
 
 def _expand(text, where):
@@ -90,20 +98,21 @@ def _columns(text):
 
 def _uncommented(column):
     """A column without its comment: "Sonata in C # minor.wav" is a name if such a file exists, and else a name with a comment."""
-    cuts = [column[: mark.start()].rstrip() for mark in re.finditer(r"(^|\s)#", column)]
-    return next((name for name in [column, *reversed(cuts)] if os.path.exists(os.path.expanduser(name))), cuts[0] if cuts else column)
+    cuts = [mark.start() for mark in re.finditer(r"(^|\s)#", column)]
+    for end in [len(column), *reversed(cuts)]:
+        if end <= _LONGEST and os.path.exists(os.path.expanduser(name := column[:end].rstrip())):
+            return name
+    return column[: cuts[0]].rstrip() if cuts else column
 
 
 def _files(pattern, where):
     """The files that one column names, sorted; a name that exists is taken literally even if it looks like a glob."""
     pattern = os.path.expanduser(pattern)
-    if "\0" in pattern:
-        raise ListError(f"{where}: holds a zero byte; a list holds one audio path a line")
     if os.path.isfile(pattern):
         return [pattern]
     if os.path.isdir(pattern):
         raise ListError(f"{where}: {pattern} is a folder; write {os.path.join(pattern, '*')} for the files in it")
-    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)) if glob.has_magic(pattern) else []
+    found = _matches(pattern, where) if glob.has_magic(pattern) else []
     if not found:
         kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
         raise ListError(f"{where}: {kind} {pattern}; correct the path or take the line out")
@@ -111,3 +120,11 @@ def _files(pattern, where):
         if path.encode(errors="ignore").decode().splitlines() != [path]:
             raise ListError(f"{where}: {path!a} has a name that can't be written as a line of UTF-8 text; rename it")
     return found
+
+
+def _matches(pattern, where):
+    """The files that a glob names, sorted. Some patterns would walk the same folders again and again, for ever."""
+    if re.search(r"[*?[].*/\.\.(/|$)", pattern):
+        raise ListError(f"{where}: {pattern} goes up (..) after a wildcard; write the path without")
+    once = re.sub(r"(\*\*/+)+", "**/", pattern)
+    return sorted(path for path in glob.glob(once, recursive=True) if os.path.isfile(path))

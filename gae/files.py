@@ -46,13 +46,18 @@ def sweep(folder):
 
 def write_json(path, value):
     """Write `value` as indented JSON with sorted keys, whole or not at all."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        # bytes of a name that are no UTF-8 become escapes that JSON knows
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path):
-    """Read a JSON file written by `write_json`."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file written by `write_json`; a damaged one is a ValueError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
 
 
 def content_hash(path):

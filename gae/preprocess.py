@@ -7,7 +7,8 @@ from gae.commandline import warn
 from gae.compute import map_tracks
 from gae.cqt import analyse
 from gae.errors import AudioError, FormatError, ListError
-from gae.files import content_hash, digest, read_json, sweep
+from gae.files import content_hash, digest, sweep
+from gae.index import read_index
 
 
 def preprocess(params, index_file, out, staging):
@@ -37,7 +38,8 @@ def preprocess(params, index_file, out, staging):
     FormatError
         If the index is missing or damaged.
     """
-    lists = {Path(out) / role: lines for role, lines in _read_index(index_file).items()}
+    indexed = read_index(index_file)
+    lists = {Path(out) / role: indexed[role] for role in ("train", "convert")}
     place = Path(staging) / digest([params.cqt.model_dump(), params.data.dtype])[:16]
     held = {folder: _tracks_in(folder, params) for folder in lists}
     staged = _tracks_in(place, params)
@@ -89,14 +91,6 @@ def compute_track(file, cqt, dtype, place):
     except AudioError as error:
         return str(error)
     return None
-
-
-def _read_index(file):
-    try:
-        index = read_json(file)
-        return {role: index[role] for role in ("train", "convert")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FormatError(f"{file}: missing or damaged; run `dvc repro index`") from None
 
 
 def _tracks_in(folder, params):

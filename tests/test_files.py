@@ -73,6 +73,19 @@ def test_json_comes_back(tmp_path_factory, value):
     assert read_json(path) == value
 
 
+def test_json_keeps_a_name_that_is_no_utf8(tmp_path):
+    value = {os.fsdecode(b"latin-\xe4.wav"): ["\ud800", "ä"]}
+    write_json(tmp_path / "value.json", value)
+    assert read_json(tmp_path / "value.json") == value
+    assert "ä" in (tmp_path / "value.json").read_text(encoding="utf-8")
+
+
+def test_json_nested_too_deeply_is_damage(tmp_path):
+    (tmp_path / "value.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "value.json")
+
+
 def test_json_does_not_depend_on_the_order_of_keys(tmp_path):
     write_json(tmp_path / "a", {"x": 1, "ä": {"p": 1, "q": 2}})
     write_json(tmp_path / "b", {"ä": {"q": 2, "p": 1}, "x": 1})

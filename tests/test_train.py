@@ -230,7 +230,16 @@ def test_changed_data_start_afresh(shards, tmp_path, quiet, crash, change):
     assert done[0] == 0
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: content.replace(b'"gae"', b'"goe"')])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-9],
+        lambda content: content.replace(b'"gae"', b'"goe"'),
+        lambda content: content.replace(b'"model.filters_x"', b'"model.filters_z"'),
+        lambda content: content.replace(b'\\"step\\"', b'\\"stop\\"'),
+        lambda content: content[:-1] + bytes([content[-1] ^ 64]),
+    ],
+)
 def test_a_damaged_checkpoint_costs_a_fresh_start(shards, tmp_path, quiet, crash, damage):
     crash(None)
     unbroken = learn(recipe(), shards, tmp_path / "unbroken")
