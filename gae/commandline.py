@@ -52,7 +52,8 @@ def one_line_errors(program):
         sys.exit(f"{program}: error: {error}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{program}: error: {where}{error.strerror or error}; make room or check the permissions, then run it again")
+        what = " ".join(str(error.strerror or error).split())
+        sys.exit(f"{program}: error: {where}{what}; make room or check the permissions, then run it again")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; run it again to go on")
 
