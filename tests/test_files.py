@@ -51,7 +51,7 @@ def test_a_disk_that_fails_is_told_of_the_file_that_the_user_knows(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(path)) and names(tmp_path) == []
     with pytest.raises(FileNotFoundError) as other, replacing(path):
-        open(tmp_path / "other")
+        (tmp_path / "other").read_bytes()
     assert other.value.filename == str(tmp_path / "other")
 
 
