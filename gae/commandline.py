@@ -52,7 +52,7 @@ def one_line_errors(program):
         sys.exit(f"{program}: error: {error}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        what = one_line(f"{where}{error.strerror or error}")
+        what = one_line(where + " ".join(str(error.strerror or error).split()))
         sys.exit(f"{program}: error: {what}; make room or check the permissions, then run it again")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; run it again to go on")

@@ -50,11 +50,8 @@ def map_tracks(function, items, compute, label, arguments=()):
     reports = [None] * len(items)
     with executor(compute) as pool:
         futures = {pool.submit(_at, os.getcwd(), function, item, *arguments): n for n, item in enumerate(items)}
-        try:
-            for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
-                reports[futures.pop(future)] = future.result()
-        except BrokenProcessPool:
-            raise GaeError(f"{label}: a worker process was killed (out of memory?); run again, it goes on where it was") from None
+        for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
+            reports[futures.pop(future)] = future.result()
     return reports
 
 
@@ -65,6 +62,11 @@ def executor(compute):
     Parameters
     ----------
     compute : gae.params.Compute
+
+    Raises
+    ------
+    GaeError
+        As `map_tracks`.
     """
     workers = compute.workers or len(os.sched_getaffinity(0))
     if compute.scheduler != "local" or compute.cluster != "none":
@@ -76,6 +78,8 @@ def executor(compute):
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
         try:
             yield pool
+        except BrokenProcessPool:
+            raise GaeError("a worker process was killed (out of memory?); run again, it goes on where it was") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -23,7 +23,7 @@ def replacing(path, durable=True):
     Yields
     ------
     Path
-        Where to write. On an exception it is removed and `path` stays as it was.
+        Where to write. On an exception it is removed and `path` stays as it was; an `OSError` then names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +34,10 @@ def replacing(path, durable=True):
             with open(partial, "rb+") as written:
                 os.fsync(written.fileno())
         partial.replace(path)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) != partial:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None  # name what the user knows
     finally:
         partial.unlink(missing_ok=True)
 

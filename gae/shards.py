@@ -19,6 +19,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from gae import hdf5
 from gae.errors import FormatError
 from gae.files import read_json, replacing, write_json
 from gae.params import Cqt
@@ -176,7 +177,7 @@ def read_blocks(file, key, n_frames=8192):
 @contextmanager
 def writing(file, cqt, durable=True):
     """Yield an open HDF5 file that becomes the shard `file` when the block ends well."""
-    with replacing(file, durable) as partial, h5py.File(partial, "w", libver=("v110", "v110")) as shard:
+    with replacing(file, durable) as partial, hdf5.create(partial) as shard:
         shard.attrs["schema"] = SCHEMA
         shard.attrs["cqt"] = json.dumps(cqt.model_dump(), sort_keys=True)
         yield shard

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from gae.checkpoints import Checkpoints
 from gae.compute import keep_memory
 from gae.errors import TrainingError
 from gae.files import digest, read_json, sweep, write_json
+from gae.locks import alone
 from gae.measures import invariance_top1
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.shards import Shards
@@ -56,9 +58,11 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
     ------
     TrainingError
         If there is too little data, or the loss is NaN or diverges; the last good weights are then in `model_path`.
+    GaeError
+        If another process trains with these checkpoints.
     """
     fabric = launch(params.train)
-    with Shards(shards_folder) as shards:
+    with Shards(shards_folder) as shards, alone(checkpoints) if fabric.is_global_zero else nullcontext():
         run = Run(fabric, params, shards, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
         for batch in run.excerpts.batches(run.step, params.train.steps):

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import signal
@@ -42,6 +43,16 @@ def test_what_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "file"):
         pass
     assert names(tmp_path) == []
+
+
+def test_a_disk_that_fails_is_told_of_the_file_that_the_user_knows(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(OSError) as full, replacing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(path)) and names(tmp_path) == []
+    with pytest.raises(FileNotFoundError) as other, replacing(path):
+        (tmp_path / "other").read_bytes()
+    assert other.value.filename == str(tmp_path / "other")
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path):

@@ -572,6 +572,22 @@ def test_killed_processes_end_where_an_unbroken_one_ends(shards, tmp_path, proce
     assert not (killed / "checkpoints").exists() and not list(killed.rglob(".*"))
 
 
+def test_a_second_run_beside_the_first_is_refused(shards, tmp_path, processes):
+    settings = few_drawings(recipe(steps=300))
+    first = processes(settings, shards, tmp_path)
+    while saves(tmp_path) is None and first.is_alive():
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        second = subprocess.run(command(settings, shards, tmp_path), env=ENVIRONMENT, capture_output=True, text=True)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    first.join()
+    assert first.exitcode == 0
+    assert second.returncode == 1 and second.stderr.count("\n") == 1
+    assert second.stderr.startswith(f"train.py: error: {tmp_path / 'checkpoints'}: another run")
+
+
 def command(settings, shards, folder, launcher=(sys.executable,)):
     """The stage's command line."""
     write_json(folder / "params.json", settings.model_dump())
