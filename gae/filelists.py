@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gae.commandline import warn
 from gae.errors import ListError
+from gae.storage import each, is_url, kind, matching
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Line:
 def read_list(file):
     """Read a file list.
 
-    A line names an audio file, absolute or relative to the working folder, or several separated by tabs: views, the
-    same performance in other sounds, equal in timing. ``#`` starts a comment at the beginning of a line or after white
+    A line names an audio file, absolute, relative to the working folder or by URL, or several separated by tabs: views,
+    the same performance in other sounds, equal in timing. ``#`` starts a comment at the beginning of a line or after white
     space. ``*``, ``?``, ``[...]`` and ``**`` expand; in a line of several views each column expands on its own, in
     sorted order, and the columns are paired.
 
@@ -39,10 +40,14 @@ def read_list(file):
     ------
     ListError
         If the list is missing, not text, or a line names a file that does not exist.
+    StorageError
+        If a URL can't be looked at.
     """
     seen, lines = set(), []
-    for number, text_line in enumerate(_text_lines(file), start=1):
-        for paths in _expand(text_line, f"{file}, line {number}"):
+    rows = [_columns(text_line) for text_line in _text_lines(file)]
+    kinds = each(kind, dict.fromkeys(column for columns in rows for column in columns if is_url(column)))
+    for number, columns in enumerate(rows, start=1):
+        for paths in _expand(columns, f"{file}, line {number}", kinds):
             if paths in seen:
                 warn(f"{file}, line {number}: {paths[0]} is listed before; used once")
                 continue
@@ -68,9 +73,9 @@ def _text_lines(file):
         raise ListError(f"{file}: not UTF-8 text; a list holds one audio path a line") from None
 
 
-def _expand(text, where):
+def _expand(columns, where, kinds):
     """The tuples of paths that one line stands for."""
-    columns = [_files(column, where) for column in _columns(text)]
+    columns = [_files(column, where, kinds) for column in columns]
     if len({len(column) for column in columns}) > 1:
         raise ListError(f"{where}: its views expand to {[len(column) for column in columns]} files; each column must give as many")
     return list(zip(*columns, strict=True))
@@ -91,22 +96,25 @@ def _columns(text):
 def _uncommented(column):
     """A column without its comment: "Sonata in C # minor.wav" is a name if such a file exists, and else a name with a comment."""
     cuts = [column[: mark.start()].rstrip() for mark in re.finditer(r"(^|\s)#", column)]
-    return next((name for name in [column, *reversed(cuts)] if os.path.exists(os.path.expanduser(name))), cuts[0] if cuts else column)
+    if not cuts:
+        return column
+    return next((name for name in [column, *reversed(cuts)] if kind(os.path.expanduser(name))), cuts[0])
 
 
-def _files(pattern, where):
+def _files(pattern, where, kinds=None):
     """The files that one column names, sorted; a name that exists is taken literally even if it looks like a glob."""
     pattern = os.path.expanduser(pattern)
     if "\0" in pattern:
         raise ListError(f"{where}: holds a zero byte; a list holds one audio path a line")
-    if os.path.isfile(pattern):
+    what = (kinds or {}).get(pattern) or kind(pattern)
+    if what == "file":
         return [pattern]
-    if os.path.isdir(pattern):
+    if what == "folder":
         raise ListError(f"{where}: {pattern} is a folder; write {os.path.join(pattern, '*')} for the files in it")
-    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)) if glob.has_magic(pattern) else []
+    found = matching(pattern) if glob.has_magic(pattern) else []
     if not found:
-        kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
-        raise ListError(f"{where}: {kind} {pattern}; correct the path or take the line out")
+        complaint = "no file matches" if glob.has_magic(pattern) else "no such file:"
+        raise ListError(f"{where}: {complaint} {pattern}; correct the path or take the line out")
     for path in found:
         if path.encode(errors="ignore").decode().splitlines() != [path]:
             raise ListError(f"{where}: {path!a} has a name that can't be written as a line of UTF-8 text; rename it")

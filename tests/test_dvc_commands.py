@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 
 import boto3
@@ -119,33 +116,6 @@ def test_weights_travel_by_s3(finished_project, s3, tmp_path, monkeypatch):
     clone = _clone(project, tmp_path / "clone")
     clone.run("dvc", "pull", "models/gae.safetensors")
     assert (clone / "models/gae.safetensors").read_bytes() == (project / "models/gae.safetensors").read_bytes()
-
-
-@pytest.fixture
-def s3():
-    """The address of an S3 server on the loopback interface."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        _wait_for_port(port, server)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _wait_for_port(port, server):
-    for _ in range(600):
-        assert server.poll() is None, "moto_server ended at once"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError("moto_server does not answer")
 
 
 def _clone(project, folder):
