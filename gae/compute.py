@@ -1,12 +1,14 @@
 """The one place that decides where work over many tracks runs.
 
 A unit of work is a top-level function of plain arguments that writes its own output whole or not at all and returns a
-small report. It runs unchanged in processes of this machine and on a Dask cluster that sees the same files.
+small report. It runs unchanged in processes of this machine and on a Dask cluster that sees the same files, or the same
+object store.
 """
 
 import ctypes
 import multiprocessing
 import os
+import socket
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +17,7 @@ from contextlib import contextmanager, suppress
 from tqdm import tqdm
 
 from gae.errors import GaeError
+from gae.storage import is_url
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _RETRIES = 3  # of a track whose Dask worker died
@@ -43,16 +46,44 @@ def map_tracks(function, items, compute, label, arguments=()):
     Raises
     ------
     GaeError
-        If a worker process was killed, or no Dask scheduler answers.
+        If a worker process was killed, no Dask scheduler answers, or a worker does not see this machine's files.
     """
     if not items:
         return []
     reports = [None] * len(items)
+    folder = None if is_url(compute.staging) else os.getcwd()
     with executor(compute) as pool:
-        futures = {pool.submit(_at, os.getcwd(), function, item, *arguments): n for n, item in enumerate(items)}
+        futures = {pool.submit(_at, folder, function, item, *arguments): n for n, item in enumerate(items)}
         for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
             reports[futures.pop(future)] = future.result()
     return reports
+
+
+def by_place(files, compute, path=str):
+    """Which audio files are worked on where: those of this machine here, if the workers need not see them.
+
+    Parameters
+    ----------
+    files : sequence
+    compute : gae.params.Compute
+    path : callable
+        Gives the path or URL of one of `files`.
+
+    Returns
+    -------
+    list of (gae.params.Compute, list)
+    """
+    here = beside_files(compute)
+    if here is compute:
+        return [(compute, files)]
+    return [(here, [file for file in files if not is_url(path(file))]), (compute, [file for file in files if is_url(path(file))])]
+
+
+def beside_files(compute):
+    """Where work on this machine's files runs: in processes of its own, if what a cluster's workers compute waits at a URL."""
+    if not is_url(compute.staging) or (compute.scheduler, compute.cluster) == ("local", "none"):
+        return compute
+    return compute.model_copy(update={"scheduler": "local", "cluster": "none", "workers": 0})
 
 
 @contextmanager
@@ -137,8 +168,15 @@ def _end_with_parent():
 
 
 def _at(folder, function, item, *arguments):
-    """Run a unit of work where relative paths mean what they mean to the caller."""
-    os.chdir(folder)
+    """Run a unit of work where relative paths mean what they mean to the caller, or anywhere if there are none."""
+    if folder is not None:
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise GaeError(
+                f"{folder}: not seen by the worker on {socket.gethostname()} ({error.strerror}); "
+                "share it, or name a URL in compute.staging (docs/scale.md)"
+            ) from None
     return function(item, *arguments)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gae import audio
-from gae.compute import map_tracks
+from gae import audio, storage
+from gae.compute import beside_files, map_tracks
 from gae.cqt import analyse, frame_times
 from gae.errors import AudioError, FormatError, ParamsError
 from gae.features import Features, Origin, check_suffix, extract_blocks, validate, write
@@ -71,7 +71,7 @@ def convert_file(path, out, model=None, dtype="float32"):
     Parameters
     ----------
     path : str or Path
-        Audio.
+        Audio, or a URL of audio.
     out : str or Path
         Feature file to write: .h5, .npz or .csv.
     model : Model, str or Path, optional
@@ -90,9 +90,16 @@ def convert_file(path, out, model=None, dtype="float32"):
         If the audio can't be used.
     FormatError
         If the model can't be read, or `out` has another suffix.
+    StorageError
+        If a URL can't be reached.
     """
     check_suffix(out)
-    model, name = _model(model), Path(path).name
+    with storage.fetched(path) as file:
+        return _convert_file(file, out, _model(model), dtype, str(path))
+
+
+def _convert_file(path, out, model, dtype, source):
+    name = storage.named(source).name
     cqt, rate = model.cqt, model.cqt.sample_rate
     with analyse(_watched(audio.blocks(path, rate), 1 / rate, audio.claimed_seconds(path), name), cqt) as analysis:
         if not analysis.n_frames:
@@ -100,7 +107,7 @@ def convert_file(path, out, model=None, dtype="float32"):
         values = _watched(
             extract_blocks(analysis.blocks(), model), cqt.frame_seconds, analysis.n_frames * cqt.frame_seconds, f"{name}, features"
         )
-        origin = Origin(cqt, str(path), content_hash(path), model.sha256)
+        origin = Origin(cqt, source, content_hash(path), model.sha256)
         write(out, values, (analysis.n_frames, model.sizes.n_maps), origin, dtype)
     return analysis.n_frames
 
@@ -142,7 +149,8 @@ def convert_list(shards, index_file, weights, out, params):
     ]
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
-    counts = map_tracks(convert_track, jobs, params.compute, "convert", (str(weights), model.sha256, str(out), params.convert.dtype))
+    arguments = (str(weights), model.sha256, str(out), params.convert.dtype)
+    counts = map_tracks(convert_track, jobs, beside_files(params.compute), "convert", arguments)
     _forget(out, {job["file"] for job in jobs})
     tracks = [{"path": job["source"], "file": job["file"], "key": job["key"], "n_frames": n} for job, n in zip(jobs, counts, strict=True)]
     skipped = _skipped(index, listed.keys() - frames.keys(), params.data.convert_list)
@@ -192,11 +200,11 @@ def feature_names(paths):
     -------
     dict of str to str
     """
-    stems = {path: _readable(Path(path).stem) for path in paths}
+    stems = {path: _readable(storage.named(path).stem) for path in paths}
     shared = Counter(stem.casefold() for stem in stems.values())
     hashes = {path: hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest() for path in stems}
     marked = {path for path, stem in stems.items() if shared[stem.casefold()] > 1 or re.search("-[0-9a-f]{8,}$", stem, re.I)}
-    stems |= {path: _readable(f"{Path(path).parent.name}-{Path(path).stem}".lstrip("-")) for path in marked}
+    stems |= {path: _readable(f"{storage.named(path).parent.name}-{storage.named(path).stem}".lstrip("-")) for path in marked}
     for digits in range(8, 65, 8):
         names = {path: f"{stem}-{hashes[path][:digits]}" if path in marked else stem for path, stem in stems.items()}
         if len({name.casefold() for name in names.values()}) == len(names):

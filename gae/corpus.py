@@ -26,7 +26,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from gae.compute import executor
+from gae.compute import beside_files, executor
 from gae.errors import ParamsError
 from gae.files import content_hash, digest, read_json, write_json
 
@@ -676,6 +676,7 @@ def render_corpus(out, params, compute):
         If there is less music than asked for.
     """
     out, pieces, heldout, train = Path(out), catalogue(), [], []
+    compute = beside_files(compute)
     with executor(compute) as pool:
         ahead = 2 * (compute.workers or os.cpu_count())
         reports = _in_order(pool, _jobs("heldout", _heldout_candidates(pieces, params.seed), out, params), ahead)

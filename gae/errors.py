@@ -22,6 +22,10 @@ class AudioError(GaeError):
     """An audio file can't be used."""
 
 
+class StorageError(GaeError):
+    """What lies at a URL can't be reached."""
+
+
 class FormatError(GaeError):
     """A file of ours (shard, model, features) is damaged, foreign or of another version."""
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from gae import audio
 from gae.batches import transpose
-from gae.compute import map_tracks
+from gae.compute import beside_files, map_tracks
 from gae.convert import convert_file
 from gae.cqt import compress, magnitude_blocks, standardise
 from gae.errors import FormatError, ParamsError
@@ -71,7 +71,7 @@ def evaluate(params, corpus, model, out, metrics):
     loaded = load_model(model)  # before any work, lest it be missing
     settings = params.evaluate
     arguments = (Path(corpus), Path(model), settings, params.train.shift)
-    reports = map_tracks(judge, list(enumerate(pieces)), params.compute, "evaluate", arguments)
+    reports = map_tracks(judge, list(enumerate(pieces)), beside_files(params.compute), "evaluate", arguments)
     figures = {
         "pieces": len(pieces),
         "invariance": _invariance(reports, settings),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gae.commandline import warn
 from gae.errors import ListError
+from gae.storage import each, is_url, kind, matching
 
 _LONGEST = 4096  # characters of a path that may exist
 
@@ -23,8 +24,8 @@ class Line:
 def read_list(file):
     """Read a file list.
 
-    A line names an audio file, absolute or relative to the working folder, or several separated by tabs: views, the
-    same performance in other sounds, equal in timing. ``#`` starts a comment at the beginning of a line or after white
+    A line names an audio file, absolute, relative to the working folder or by URL, or several separated by tabs: views,
+    the same performance in other sounds, equal in timing. ``#`` starts a comment at the beginning of a line or after white
     space. ``*``, ``?``, ``[...]`` and ``**`` expand; in a line of several views each column expands on its own, in
     sorted order, and the columns are paired.
 
@@ -41,10 +42,14 @@ def read_list(file):
     ------
     ListError
         If the list is missing, not text, or a line names a file that does not exist.
+    StorageError
+        If a URL can't be looked at.
     """
     seen, lines = set(), []
-    for number, text_line in enumerate(_text_lines(file), start=1):
-        for paths in _expand(text_line, f"{file}, line {number}"):
+    rows = [_columns(text_line) for text_line in _text_lines(file)]
+    kinds = each(kind, dict.fromkeys(column for columns in rows for column in columns if is_url(column)))
+    for number, columns in enumerate(rows, start=1):
+        for paths in _expand(columns, f"{file}, line {number}", kinds):
             if paths in seen:
                 warn(f"{file}, line {number}: {paths[0]} is listed before; used once")
                 continue
@@ -76,9 +81,9 @@ def _text_lines(file):
     return lines
 
 
-def _expand(text, where):
+def _expand(columns, where, kinds):
     """The tuples of paths that one line stands for."""
-    columns = [_files(column, where) for column in _columns(text)]
+    columns = [_files(column, where, kinds) for column in columns]
     if len({len(column) for column in columns}) > 1:
         raise ListError(f"{where}: its views expand to {[len(column) for column in columns]} files; each column must give as many")
     return list(zip(*columns, strict=True))
@@ -99,23 +104,26 @@ def _columns(text):
 def _uncommented(column):
     """A column without its comment: "Sonata in C # minor.wav" is a name if such a file exists, and else a name with a comment."""
     cuts = [mark.start() for mark in re.finditer(r"(^|\s)#", column)]
+    if not cuts:
+        return column
     for end in [len(column), *reversed(cuts)]:
-        if end <= _LONGEST and os.path.exists(os.path.expanduser(name := column[:end].rstrip())):
+        if end <= _LONGEST and kind(os.path.expanduser(name := column[:end].rstrip())):
             return name
-    return column[: cuts[0]].rstrip() if cuts else column
+    return column[: cuts[0]].rstrip()
 
 
-def _files(pattern, where):
+def _files(pattern, where, kinds=None):
     """The files that one column names, sorted; a name that exists is taken literally even if it looks like a glob."""
     pattern = os.path.expanduser(pattern)
-    if os.path.isfile(pattern):
+    what = (kinds or {}).get(pattern) or kind(pattern)
+    if what == "file":
         return [pattern]
-    if os.path.isdir(pattern):
+    if what == "folder":
         raise ListError(f"{where}: {pattern} is a folder; write {os.path.join(pattern, '*')} for the files in it")
     found = _matches(pattern, where) if glob.has_magic(pattern) else []
     if not found:
-        kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
-        raise ListError(f"{where}: {kind} {pattern}; correct the path or take the line out")
+        complaint = "no file matches" if glob.has_magic(pattern) else "no such file:"
+        raise ListError(f"{where}: {complaint} {pattern}; correct the path or take the line out")
     for path in found:
         if path.encode(errors="ignore").decode().splitlines() != [path]:
             raise ListError(f"{where}: {path!a} has a name that can't be written as a line of UTF-8 text; rename it")
@@ -127,4 +135,4 @@ def _matches(pattern, where):
     if re.search(r"[*?[].*/\.\.(/|$)", pattern):
         raise ListError(f"{where}: {pattern} goes up (..) after a wildcard; write the path without")
     once = re.sub(r"(\*\*/+)+", "**/", pattern)
-    return sorted(path for path in glob.glob(once, recursive=True) if os.path.isfile(path))
+    return matching(once)

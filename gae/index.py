@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gae import audio
+from gae import audio, storage
 from gae.commandline import warn
-from gae.compute import map_tracks
+from gae.compute import by_place, map_tracks
 from gae.errors import AudioError, FormatError, ListError
 from gae.filelists import read_list
 from gae.files import content_hash, read_json, write_json
@@ -112,9 +112,11 @@ def read_index(file):
 def _look(paths, remembered, compute):
     """What each file holds, opening only those that changed: {path: {size, mtime, sha256, samples, ... or error}}."""
     known = _recall(remembered)
-    stamps = {path: _stamp(path) for path in paths}
+    stamps = storage.each(storage.stamp, paths)
     fresh = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
-    examined = dict(zip(fresh, map_tracks(examine, fresh, compute, "index"), strict=True))
+    examined = {}
+    for where, some in by_place(fresh, compute):
+        examined |= zip(some, map_tracks(examine, some, where, "index"), strict=True)
     found = {path: {**examined[path], "stamp": stamps[path]} if path in examined else known[path] for path in paths}
     write_json(remembered, {"version": _VERSION, "files": found})
     return found
@@ -123,14 +125,21 @@ def _look(paths, remembered, compute):
 def examine(path):
     """Hash a file and decode it once to its end.
 
+    Parameters
+    ----------
+    path : str
+        Or a URL.
+
     Returns
     -------
     dict
         sha256, bytes, and either samples, sample_rate and channels, or error: one line why it can't be used.
     """
+    finding = {"sha256": "", "bytes": 0}
     try:
-        finding = {"sha256": content_hash(path), "bytes": os.path.getsize(path)}
-        info = audio.probe(path)
+        with storage.fetched(path) as file:
+            finding = {"sha256": content_hash(file), "bytes": os.path.getsize(file)}
+            info = audio.probe(file)
     except AudioError as error:
         return {**finding, "error": str(error)}
     except OSError as error:
@@ -176,8 +185,3 @@ def _entry(path, finding):
         "sample_rate": finding["sample_rate"],
         "channels": finding["channels"],
     }
-
-
-def _stamp(path):
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]

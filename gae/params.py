@@ -175,6 +175,11 @@ class Compute(Section):
         "local", pattern=r"^(local|(tcp|tls)://.+)$", description="local, or the address of a Dask scheduler: tcp://host:port"
     )
     cluster: Literal["none", "local", "slurm"] = Field("none", description="Dask cluster to start where scheduler is local")
+    staging: str = Field(
+        "data/.staging",
+        min_length=1,
+        description="where computed frames wait for their shard: a folder, or a URL (s3://bucket/staging) if workers see no files of ours",
+    )
 
 
 class Params(Section):

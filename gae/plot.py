@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from gae import audio, features
-from gae.compute import map_tracks
+from gae.compute import beside_files, map_tracks
 from gae.cqt import frames as cqt_frames
 from gae.errors import FormatError
 from gae.evaluate import LABELS, TOLERANCES, heldout_file, heldout_pieces
@@ -85,7 +85,7 @@ def draw(params, corpus, shards, model, tracks, metrics, figures):
     )
     for picture in tqdm(pictures, desc="pictures", unit="picture"):
         picture()
-    map_tracks(draw_track, sorted(Path(tracks).glob("*.h5")), params.compute, "tracks", (figures / "tracks", plot))
+    map_tracks(draw_track, sorted(Path(tracks).glob("*.h5")), beside_files(params.compute), "tracks", (figures / "tracks", plot))
 
 
 def draw_network(network, cqt, frames, folder, step=None, plot=None):

@@ -1,14 +1,18 @@
 """The listed audio to frames, each content once, kept between runs."""
 
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
-from gae import audio, shards
+from gae import audio, shards, storage
 from gae.commandline import warn
-from gae.compute import map_tracks
+from gae.compute import by_place, map_tracks
 from gae.cqt import analyse
-from gae.errors import AudioError, FormatError, ListError
+from gae.errors import AudioError, FormatError, ListError, StorageError
 from gae.files import content_hash, digest, sweep
 from gae.index import read_index
+
+_WAITING = re.compile(r"/([0-9a-f]{32})-([0-9]+)\.h5$")  # a track at a URL: its key, and what must be known of it beforehand
 
 
 def preprocess(params, index_file, out, staging):
@@ -26,8 +30,8 @@ def preprocess(params, index_file, out, staging):
         As `gae.index.index` writes it.
     out : Path
         Folder of shards for each list: out/train and out/convert.
-    staging : Path
-        Folder for computed tracks that are in no shard yet; gone at the end.
+    staging : str or Path
+        Folder or URL for computed tracks that are in no shard yet; gone at the end.
 
     Raises
     ------
@@ -37,31 +41,41 @@ def preprocess(params, index_file, out, staging):
         If nothing usable is left of a list.
     FormatError
         If the index is missing or damaged.
+    StorageError
+        If what was computed does not arrive, or a storage can't be reached.
     """
     indexed = read_index(index_file)
     lists = {Path(out) / role: indexed[role] for role in ("train", "convert")}
-    place = Path(staging) / digest([params.cqt.model_dump(), params.data.dtype])[:16]
+    far = storage.is_url(staging)
+    staging, near = (staging.rstrip("/"), Path(out) / ".staging") if far else (Path(staging), Path(staging))
+    made = digest([params.cqt.model_dump(), params.data.dtype])[:16]
+    place = f"{staging}/{made}" if far else staging / made
     held = {folder: _tracks_in(folder, params) for folder in lists}
-    staged = _tracks_in(place, params)
-    lent = _lend(lists, held, staged, place)
+    staged = {key: track for folder in {place, near / made} for key, track in _waiting_in(folder, params).items()}
+    lent = _lend(lists, held, staged, near / made)
 
     files = {file["key"]: file for lines in lists.values() for line in lines for file in line}
     missing = [files[key] for key in sorted(files.keys() - staged.keys() - lent.keys() - set().union(*held.values()))]
-    failures = map_tracks(compute_track, missing, params.compute, "frames", (params.cqt, params.data.dtype, place))
-    computed = {}
-    for file, failure in zip(missing, failures, strict=True):
-        if failure:
-            _refuse(failure, params.data.on_error)
-        else:
-            computed[file["key"]] = place / f"{file['key']}.h5"
+    computed = []
+    for where, some in by_place(missing, params.compute, lambda file: file["path"]):
+        failures = map_tracks(compute_track, some, where, "frames", (params.cqt, params.data.dtype, place))
+        for file, failure in zip(some, failures, strict=True):
+            if failure:
+                _refuse(failure, params.data.on_error)
+            else:
+                computed.append(file["key"])
+    staged |= _arrived(computed, place, params)
 
     for folder, lines in lists.items():
-        sources = {**computed, **lent, **staged, **held[folder]}
+        sources = {**staged, **lent, **held[folder]}
         views = [[(file["key"], file["path"]) for file in line if file["key"] in sources] for line in lines]
         if not any(views):
             raise ListError(f"{index_file}: nothing usable is left of the {folder.name} list; see the warnings above")
         shards.write_folder(folder, [line for line in views if line], sources, params.cqt, params.data.shard_mb << 20)
-    _remove(Path(staging))
+        if far:  # what is on both lists is fetched once
+            staged |= _tracks_in(folder, params)
+    for folder in {near, staging}:
+        _remove(folder)
 
 
 def compute_track(file, cqt, dtype, place):
@@ -70,11 +84,11 @@ def compute_track(file, cqt, dtype, place):
     Parameters
     ----------
     file : dict
-        path, key, sha256 and seconds, as in the index.
+        path (or URL), key, sha256 and seconds, as in the index.
     cqt : gae.params.Cqt
     dtype : {"float16", "float32"}
-    place : Path
-        The frames go to place/<key>.h5, a shard of one track.
+    place : Path or str
+        The frames go to place/<key>.h5, a shard of one track; at a URL to place/<key>-<number of frames>.h5.
 
     Returns
     -------
@@ -82,15 +96,25 @@ def compute_track(file, cqt, dtype, place):
         Why it can't be used, in one line; None if all went well.
     """
     try:
-        with analyse(audio.blocks(file["path"], cqt.sample_rate), cqt) as analysis:
-            if content_hash(file["path"]) != file["sha256"]:
+        with storage.fetched(file["path"]) as path, analyse(audio.blocks(path, cqt.sample_rate), cqt) as analysis:
+            if content_hash(path) != file["sha256"]:
                 return f"{file['path']}: changed while it was read; run again"
-            with shards.writing(place / f"{file['key']}.h5", cqt, durable=False) as shard:
+            with _file_in(place, file["key"], analysis.n_frames) as waiting, shards.writing(waiting, cqt, durable=False) as shard:
                 facts = {"path": file["path"], "duration": file["seconds"], "peak": analysis.peak}
                 shards.add_track(shard, file["key"], analysis.blocks(), cqt.n_bins, dtype, **facts)
     except AudioError as error:
         return str(error)
     return None
+
+
+@contextmanager
+def _file_in(place, key, n_frames):
+    """Yield the file in which a track's frames wait; one at a URL is named so that the shards can be planned without it."""
+    if storage.is_url(place):
+        with storage.storing(f"{place}/{key}-{n_frames}.h5") as file:
+            yield file
+    else:
+        yield place / f"{key}.h5"
 
 
 def _tracks_in(folder, params):
@@ -107,6 +131,29 @@ def _tracks_in(folder, params):
         if cqt == params.cqt and all(track.dtype == params.data.dtype for track in found.values()):
             tracks |= dict.fromkeys(found, file)
     return tracks
+
+
+def _waiting_in(place, params):
+    """The tracks that wait to be put into shards: {key: shard}; at a URL {key: Track}, as far as a list of names can tell."""
+    if not storage.is_url(place):
+        return _tracks_in(place, params)
+    tracks = {}
+    for url in storage.below(place):
+        if match := _WAITING.search(url):
+            key, n_frames = match.groups()
+            tracks[key] = shards.Track(key, url, "", int(n_frames), 0.0, 0.0, params.data.dtype)
+    return tracks
+
+
+def _arrived(keys, place, params):
+    """What waits after these tracks were computed."""
+    arrived = _waiting_in(place, params)
+    if lost := set(keys) - arrived.keys():
+        raise StorageError(
+            f"{place}: {len(lost)} of {len(keys)} computed tracks do not arrive here; "
+            "let compute.staging name a folder that all workers share, or a URL (docs/scale.md)"
+        )
+    return arrived
 
 
 def _lend(lists, held, staged, place):
@@ -129,6 +176,9 @@ def _refuse(failure, on_error):
 
 def _remove(staging):
     """Remove the staged tracks, those of other parameters and half-written ones too, and nothing else."""
+    if storage.is_url(staging):
+        storage.remove([url for url in storage.below(staging) if re.search("/[0-9a-f]{16}" + _WAITING.pattern, url)])
+        return
     sweep(staging)
     for file in staging.glob("*/*.h5"):
         file.unlink()

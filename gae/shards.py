@@ -23,6 +23,7 @@ from gae import hdf5
 from gae.errors import FormatError
 from gae.files import read_json, replacing, write_json
 from gae.params import Cqt
+from gae.storage import fetched, is_url
 
 SCHEMA = 1
 _CHUNK = 256  # frames in one HDF5 chunk: about what training reads at a time
@@ -35,7 +36,7 @@ class Track:
     """One track of a shard: where its frames lie and what they came from."""
 
     key: str
-    file: Path
+    file: Path  # or a URL
     path: str
     n_frames: int
     duration: float
@@ -219,16 +220,18 @@ def write_folder(folder, lines, sources, cqt, shard_bytes):
     folder : str or Path
     lines : list of list of (str, str)
         Key and path of the list's tracks, line by line.
-    sources : dict of str to Path
-        For each key, a shard that holds it, in `folder` itself or where nothing changes meanwhile.
+    sources : dict of str to Path or Track
+        For each key, a shard that holds it, in `folder` itself or where nothing changes meanwhile; or the track, if it waits
+        at a URL. What waits there is fetched when its shard is written.
     cqt : Cqt
     shard_bytes : int
         Shards are halved until their average is below this.
     """
     folder = Path(folder)
     paths = dict(sorted(track for line in lines for track in line))
-    shards = {file: read_shard(file)[1] for file in {sources[key] for key in paths}}
-    tracks = {key: replace(shards[sources[key]][key], path=path) for key, path in paths.items()}
+    shards = {file: read_shard(file)[1] for file in {sources[key] for key in paths} if not isinstance(file, Track)}
+    found = {key: sources[key] if isinstance(sources[key], Track) else shards[sources[key]][key] for key in paths}
+    tracks = {key: replace(found[key], path=path) for key, path in paths.items()}
     plan = _plan(tracks, shard_bytes, cqt)
     for name, wanted in plan.items():
         if not _holds(folder / name, wanted, cqt):
@@ -270,9 +273,17 @@ def _holds(file, wanted, cqt):
 def _write_shard(file, tracks, cqt):
     with writing(file, cqt) as shard:
         for track in tracks:
-            # not HDF5's own copy, whose bytes remember how often a track was copied
-            _, blocks = read_blocks(track.file, track.key)
-            add_track(shard, track.key, blocks, cqt.n_bins, track.dtype, path=track.path, duration=track.duration, peak=track.peak)
+            with _at_hand(track) as here:
+                # not HDF5's own copy, whose bytes remember how often a track was copied
+                _, blocks = read_blocks(here.file, here.key)
+                add_track(shard, here.key, blocks, cqt.n_bins, here.dtype, path=here.path, duration=here.duration, peak=here.peak)
+
+
+@contextmanager
+def _at_hand(track):
+    """Yield a track whose file is of this machine. Only then is everything known of one that waits at a URL."""
+    with fetched(track.file) as file:
+        yield replace(read_shard(file)[1][track.key], path=track.path) if is_url(track.file) else track
 
 
 def _read_track(file, key, group, cqt):

@@ -12,8 +12,7 @@ if __name__ == "__main__":
             reads=["cqt", "data.on_error", "data.dtype", "data.shard_mb", "compute"],
             index="data/index.json",
             out="data/shards",
-            staging="data/.staging",
         ) as (params, paths),
         alone(paths.out),
     ):
-        preprocess(params, paths.index, paths.out, paths.staging)
+        preprocess(params, paths.index, paths.out, params.compute.staging)

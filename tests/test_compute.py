@@ -1,12 +1,10 @@
 """Work over tracks: the same results from processes, from a Dask cluster, and from one that loses a worker."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 
-import distributed
 import pytest
 
 from gae.compute import executor, map_tracks
@@ -24,26 +22,6 @@ def slow_copy(item, folder):
 
 def die(_):
     os.kill(os.getpid(), 9)
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    """A scheduler and two workers in processes of their own: (address, workers)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
-    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
-    dask = [sys.executable, "-m", "dask"]
-    scheduler = subprocess.Popen([*dask, "scheduler", "--host", address, "--no-dashboard"], **quiet)
-    worker = [*dask, "worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny", "--local-directory", str(tmp_path)]
-    workers = [subprocess.Popen(worker, **quiet) for _ in range(2)]
-    with distributed.Client(address, timeout="60s") as client:
-        client.wait_for_workers(2, timeout=60)
-    yield address, workers
-    for process in [*workers, scheduler]:
-        process.kill()
-        process.wait()
 
 
 def test_a_cluster_that_loses_a_worker_gives_what_processes_give(cluster, tmp_path):

@@ -64,7 +64,7 @@ def test_one_more_track_costs_the_work_of_one_and_goes_without_trace(changed, fi
     assert set(project.files("features")) == {"b.h5", "c.h5", "index.json"}
 
     # one by one or all at once: the same bytes
-    project.run("python", "stages/preprocess.py", "--out", "afresh", "--staging", "staging")
+    project.run("python", "stages/preprocess.py", "--out", "afresh", "-S", "compute.staging=staging")
     assert project.files("afresh") == project.files("data/shards")
 
     (project / "data/convert.txt").write_text("music/b.wav\n")

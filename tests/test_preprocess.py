@@ -281,7 +281,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
     index()
     write_json("params.json", values().model_dump())  # JSON is YAML
     command = [sys.executable, ROOT / "stages" / "preprocess.py", "--params", "params.json", "--index", "index.json"]
-    command += ["--out", "shards", "--staging", "staging"]
+    command += ["--out", "shards", "-S", "compute.staging=staging"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for least in (2, 6):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)

@@ -1,0 +1,156 @@
+"""Files by path or URL: of this machine, in an S3 bucket, on the web, wherever fsspec has a file system for.
+
+Keys, endpoints and the like come from the storage's own configuration, such as AWS_ENDPOINT_URL or ~/.aws. Paths of this
+machine never meet fsspec.
+"""
+
+import glob
+import os
+import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from gae.errors import AudioError, GaeError, StorageError
+
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+_REQUESTS = 16  # under way at a time
+# what tells two versions of a file apart, the surest first; each storage has its own word
+_VERSIONS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
+
+
+def is_url(path):
+    """Whether `path` is a URL and no path of this machine."""
+    return _URL.match(str(path)) is not None
+
+
+def named(path):
+    """The path that a URL holds: folders, name and suffix."""
+    if str(path).startswith(("http://", "https://")):
+        return Path(unquote(urlsplit(path).path))
+    return Path(path)
+
+
+def kind(path):
+    """What `path` names: "file", "folder", or None if there is nothing."""
+    if not is_url(path):
+        return "file" if os.path.isfile(path) else "folder" if os.path.isdir(path) else None
+    with _reached(path) as files:
+        try:
+            return "folder" if files.info(path)["type"] == "directory" else "file"
+        except FileNotFoundError:
+            return None
+
+
+def matching(pattern):
+    """The files that a glob matches, sorted."""
+    if not is_url(pattern):
+        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    with _reached(pattern) as files:
+        found = files.glob(pattern, detail=True)
+        return sorted(files.unstrip_protocol(path) for path, about in found.items() if about["type"] == "file")
+
+
+def stamp(path):
+    """What changes when the file does, without opening it: a list of numbers and texts."""
+    if not is_url(path):
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns]
+    with _reached(path) as files:
+        about = files.info(path)
+    return [about["size"], *(str(about[name]) for name in _VERSIONS if about.get(name))][:2]
+
+
+def each(function, paths):
+    """``{path: function(path)}``, of URLs many at a time: an answer takes milliseconds, and a list may need thousands."""
+    first, *later = [path for path in paths if is_url(path)] or [None]
+    answers = {path: function(path) for path in paths if not is_url(path) or path == first}  # the first connects
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return answers | dict(zip(later, pool.map(function, later), strict=True))
+
+
+@contextmanager
+def fetched(path):
+    """Yield a path of this machine that holds the file: the path itself, or a copy that is gone afterwards.
+
+    Errors about the copy name the URL.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Yields
+    ------
+    str or Path
+
+    Raises
+    ------
+    AudioError
+        If there is nothing at the URL.
+    StorageError
+        If the storage does not answer, or not to us.
+    """
+    if not is_url(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="gae-") as folder:
+        copy = os.path.join(folder, "fetched" + named(path).suffix)
+        with _reached(path, missing=AudioError) as files:
+            files.get_file(path, copy)
+        try:
+            yield copy
+        except GaeError as error:
+            raise type(error)(str(error).replace(copy, path)) from None
+
+
+@contextmanager
+def storing(url):
+    """Yield a temporary path of this machine whose file is at `url` once the block ends well, whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix="gae-") as folder:
+        file = Path(folder) / named(url).name
+        yield file
+        with _reached(url, missing=StorageError) as files:
+            files.put_file(str(file), url)
+
+
+def below(url):
+    """The URLs of all files below a folder."""
+    with _reached(url, missing=StorageError) as files:
+        return sorted(files.unstrip_protocol(path) for path in files.find(url))
+
+
+def remove(urls):
+    """Remove files."""
+    if urls:
+        with _reached(urls[0]) as files:
+            files.rm(urls)
+
+
+@contextmanager
+def _reached(url, missing=None):
+    """Yield the file system of a URL; what goes wrong there becomes one line.
+
+    What is not there raises `missing`, or goes on as FileNotFoundError.
+    """
+    try:
+        yield _file_system(re.match(r"[^:]+://[^/]*", url)[0])
+    except FileNotFoundError:
+        if missing is None:
+            raise
+        raise missing(f"{url}: there is no such file or bucket; correct the URL") from None
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or error.name
+        raise StorageError(f"{url}: this storage needs another package; pip install {package} here and for the workers") from None
+    except Exception as error:  # each storage raises its own
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(f"{url}: {what}; check the URL, and keys and endpoint in the storage's own configuration") from None
+
+
+@lru_cache(maxsize=16)
+def _file_system(root):
+    import fsspec  # takes a while, which paths of this machine need not wait for
+
+    return fsspec.url_to_fs(root, use_listings_cache=False)[0]  # others write what is listed here

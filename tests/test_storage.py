@@ -1,0 +1,478 @@
+"""Audio and computed frames at URLs: the same results as with files, and every mishap one line that names the URL."""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import boto3
+import fsspec
+import pytest
+import s3fs
+import soundfile
+import tiny
+
+from gae import compute as computing
+from gae import index as indexing
+from gae import params, preprocess, storage
+from gae.convert import convert_file, feature_names
+from gae.errors import AudioError, FormatError, GaeError, ListError, StorageError
+from gae.features import read
+from gae.filelists import read_list
+from gae.files import digest, read_json
+from gae.shards import Shards
+
+CQT = {"sample_rate": 8000, "hop_length": 256, "fmin": 110.0, "n_bins": 36, "bins_per_octave": 12}
+TRACKS = [f"t{number}" for number in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def forgotten(tmp_path, monkeypatch):
+    """Each test has a folder of its own, and storages that nobody has talked to."""
+    monkeypatch.chdir(tmp_path)
+    storage._file_system.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def music():
+    """Four pieces that lie in memory, and below music/."""
+    Path("music").mkdir()
+    for number, name in enumerate("abcd"):
+        sing(name, 200.0 + 10 * number)
+    return fsspec.filesystem("memory")
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Work is done in this process, which alone sees what lies in memory; gives what it was done on."""
+    done = []
+
+    def work(function, items, compute, label, arguments=()):
+        done.extend(items)
+        return [function(item, *arguments) for item in items]
+
+    monkeypatch.setattr(preprocess, "map_tracks", work)
+    monkeypatch.setattr(indexing, "map_tracks", work)
+    return done
+
+
+def sing(name, frequency, seconds=1.0):
+    soundfile.write(f"music/{name}.wav", tiny.tone(seconds, 8000, frequency), 8000)
+    with fsspec.open(f"memory://bucket/{name}.wav", "wb") as file:
+        file.write(Path(f"music/{name}.wav").read_bytes())
+
+
+def lists(train, convert):
+    Path("train.txt").write_text("\n".join(train))
+    Path("convert.txt").write_text("\n".join(convert))
+
+
+def values(staging, **compute):
+    data = {"train_list": "train.txt", "convert_list": "convert.txt", "shard_mb": 1}
+    return params.validate({"data": data, "cqt": CQT, "compute": {"workers": 2, "staging": staging, **compute}})
+
+
+def run(staging="staging", out="shards", **compute):
+    settings = values(staging, **compute)
+    indexing.index(settings, "index.json", "memory.json")
+    preprocess.preprocess(settings, Path("index.json"), Path(out), staging)
+    return content(out)
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def in_memory(folder="memory://bucket/staging"):
+    return [url.removeprefix("memory://") for url in storage.below(folder)]
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a.flac", "memory://a", "https://example.org/a.flac?b", "file:///a"])
+def test_what_is_a_url(path):
+    assert storage.is_url(path) and not storage.is_url(Path(path))
+
+
+@pytest.mark.parametrize("path", ["a.flac", "/a", "music/s3:/a", "a b://c", "s3:/a", "://a", ""])
+def test_what_is_a_path(path):
+    assert not storage.is_url(path)
+
+
+def test_a_line_may_name_urls(music):
+    lists(
+        [
+            "memory://bucket/a.wav",
+            "memory://bucket/b.wav # the second",
+            "music/c.wav\tmemory://bucket/c.wav",
+            "memory://bucket/[cd].wav",
+        ],
+        [],
+    )
+    assert [line.paths for line in read_list("train.txt")] == [
+        ("memory://bucket/a.wav",),
+        ("memory://bucket/b.wav",),
+        ("music/c.wav", "memory://bucket/c.wav"),
+        ("memory:///bucket/c.wav",),
+        ("memory:///bucket/d.wav",),
+    ]
+
+
+def test_a_url_that_looks_like_a_glob_or_a_comment_is_taken_literally(music):
+    for name in ("live [2019].wav", "Sonata in C # minor.wav"):
+        music.pipe(f"/bucket/{name}", b"RIFF")
+    lists(["memory://bucket/live [2019].wav", "memory://bucket/Sonata in C # minor.wav"], [])
+    assert [Path(line.paths[0]).name for line in read_list("train.txt")] == ["live [2019].wav", "Sonata in C # minor.wav"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("memory://bucket/missing.wav", "no such file: memory://bucket/missing.wav"),
+        ("memory://nowhere/a.wav", "no such file: memory://nowhere/a.wav"),
+        ("memory://bucket/*.mp3", "no file matches memory://bucket/*.mp3"),
+        ("memory://bucket", r"memory://bucket is a folder; write memory://bucket/*"),
+        ("music/a.wav\tmemory://bucket/missing.wav", "no such file: memory://bucket/missing.wav"),
+    ],
+)
+def test_a_url_that_names_no_file_is_refused_with_its_line(music, line, words):
+    lists(["memory://bucket/a.wav", "", line], [])
+    with pytest.raises(ListError) as caught:
+        read_list("train.txt")
+    assert str(caught.value).startswith(f"train.txt, line 3: {words}")
+
+
+def test_a_storage_nobody_knows_is_one_line(music):
+    lists(["nonsense://bucket/a.wav"], [])
+    with pytest.raises(StorageError, match=r"^nonsense://bucket/a\.wav: Protocol not known: nonsense; check the URL") as caught:
+        read_list("train.txt")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_storage_whose_package_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    lists(["gs://bucket/a.wav"], [])
+    with pytest.raises(StorageError, match=r"^gs://bucket/a\.wav: this storage needs another package; pip install gcsfs here"):
+        read_list("train.txt")
+
+
+# ---- fetching and storing --------------------------------------------------------------------------------------------
+
+
+def test_a_path_of_this_machine_is_itself(music):
+    with storage.fetched("music/a.wav") as path:
+        assert path == "music/a.wav"
+
+
+def test_what_is_fetched_is_the_file_and_goes(music, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with storage.fetched("memory://bucket/a.wav") as path:
+        assert Path(path).read_bytes() == Path("music/a.wav").read_bytes() and Path(path).suffix == ".wav"
+    assert not list(tmp_path.glob("gae-*"))
+
+
+def test_errors_about_a_copy_name_the_url(music):
+    with (
+        pytest.raises(AudioError, match=r"^memory://bucket/a\.wav: odd, memory://bucket/a\.wav$"),
+        storage.fetched("memory://bucket/a.wav") as path,
+    ):
+        raise AudioError(f"{path}: odd, {path}")
+
+
+def test_a_url_without_a_file_is_no_audio(music):
+    with pytest.raises(AudioError, match=r"^memory://bucket/x\.wav: there is no such file"), storage.fetched("memory://bucket/x.wav"):
+        pass
+
+
+def test_what_is_stored_is_there_whole_or_not_at_all(music):
+    with pytest.raises(RuntimeError), storage.storing("memory://bucket/staging/half.h5") as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert in_memory() == []
+    with storage.storing("memory://bucket/staging/whole.h5") as path:
+        path.write_text("whole")
+    assert in_memory() == ["/bucket/staging/whole.h5"] and music.cat("/bucket/staging/whole.h5") == b"whole"
+
+
+# ---- index -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_index_of_urls_is_that_of_files(music, inline):
+    lists(["music/a.wav", "music/b.wav\tmusic/c.wav"], ["music/d.wav"])
+    indexing.index(values("staging"), "index.json", "memory.json")
+    here = Path("index.json").read_text()
+    lists(["memory://bucket/a.wav", "memory://bucket/b.wav\tmemory://bucket/c.wav"], ["memory://bucket/d.wav"])
+    indexing.index(values("staging"), "index.json", "memory.json")
+    assert Path("index.json").read_text() == here.replace("music/", "memory://bucket/")
+
+
+def test_only_urls_that_changed_are_fetched_again(music, inline):
+    lists(["memory://bucket/[abc].wav"], ["memory://bucket/d.wav"])
+    indexing.index(values("staging"), "index.json", "memory.json")
+    before = read_json("index.json")
+    inline.clear()
+    indexing.index(values("staging"), "index.json", "memory.json")
+    assert inline == [] and read_json("index.json") == before
+    sing("b", 700.0)
+    indexing.index(values("staging"), "index.json", "memory.json")
+    assert inline == ["memory:///bucket/b.wav"]
+    assert [a == b for a, b in zip(read_json("index.json")["train"], before["train"], strict=True)] == [True, False, True]
+
+
+def test_bad_audio_at_a_url_is_skipped_by_its_name(music, inline, capsys):
+    music.pipe("/bucket/text.wav", b"a letter")
+    lists(["memory://bucket/text.wav", "memory://bucket/a.wav"], ["music/b.wav"])
+    indexing.index(values("staging"), "index.json", "memory.json")
+    (skipped,) = read_json("index.json")["skipped"]
+    assert skipped["path"] == "memory://bucket/text.wav" and skipped["reason"].startswith("memory://bucket/text.wav: not audio")
+    assert capsys.readouterr().err.startswith("warning: skipped memory://bucket/text.wav: not audio")
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def both_lists(music):
+    """One piece to train on, one to convert, and one for both."""
+    lists(["memory://bucket/a.wav", "memory://bucket/b.wav"], ["memory://bucket/b.wav", "memory://bucket/c.wav"])
+
+
+def test_frames_that_waited_at_a_url_are_the_same_bytes(both_lists, inline):
+    assert run("memory://bucket/staging", "far") == run("staging", "near")
+    assert in_memory() == []
+
+
+def test_frames_of_urls_are_those_of_files(both_lists, inline):
+    run("memory://bucket/staging", "far")
+    for role in ("train", "convert"):
+        Path(f"{role}.txt").write_text(Path(f"{role}.txt").read_text().replace("memory://bucket", "music"))
+    run("staging", "near")
+    with Shards("far/train") as far, Shards("near/train") as near:
+        assert far.tracks.keys() == near.tracks.keys() and len(far.tracks) == 2
+        for there, here in zip(far.lines, near.lines, strict=True):
+            assert there[0].path == here[0].path.replace("music", "memory://bucket")
+            assert (there[0].duration, there[0].peak, there[0].dtype) == (here[0].duration, here[0].peak, here[0].dtype)
+            assert (far.read(there[0].key) == near.read(here[0].key)).all()
+
+
+def test_what_waits_is_fetched_once(both_lists, inline, monkeypatch):
+    fetched = []
+    one = storage.fetched
+    monkeypatch.setattr("gae.shards.fetched", lambda path: fetched.append(str(path)) or one(path))
+    run("memory://bucket/staging")
+    assert len([path for path in fetched if storage.is_url(path)]) == len({path for path in fetched if storage.is_url(path)}) == 3
+
+
+def test_a_run_that_was_killed_goes_on_with_what_waits(both_lists, inline, monkeypatch):
+    write_folder = preprocess.shards.write_folder
+
+    def killed(folder, *arguments):
+        if folder.name == "convert":
+            raise KeyboardInterrupt
+        write_folder(folder, *arguments)
+
+    monkeypatch.setattr(preprocess.shards, "write_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("memory://bucket/staging")
+    assert len(in_memory()) == 3
+    monkeypatch.setattr(preprocess.shards, "write_folder", write_folder)
+    inline.clear()
+    went_on = run("memory://bucket/staging")
+    assert inline == [] and in_memory() == []
+    assert went_on == run("staging", "near")
+
+
+def test_what_lists_lend_each_other_waits_here(both_lists, inline):
+    run("memory://bucket/staging")
+    lists(["memory://bucket/c.wav"], ["memory://bucket/a.wav", "memory://bucket/b.wav"])
+    inline.clear()
+    swapped = run("memory://bucket/staging")
+    assert inline == [] and swapped == run("staging", "near")
+
+
+def test_what_others_put_there_stays(both_lists, inline, music):
+    music.pipe("/bucket/staging/mine.txt", b"mine")
+    music.pipe(f"/bucket/staging/{'0' * 16}/mine.h5", b"mine")
+    music.pipe(f"/bucket/staging/{'0' * 16}/{'1' * 32}-12.h5", b"of other parameters")
+    run("memory://bucket/staging/")
+    assert in_memory() == [f"/bucket/staging/{'0' * 16}/mine.h5", "/bucket/staging/mine.txt"]
+
+
+def test_a_damaged_file_that_waits_is_one_line(both_lists, inline, music):
+    settings = values("memory://bucket/staging")
+    indexing.index(settings, "index.json", "memory.json")
+    place = f"memory://bucket/staging/{digest([settings.cqt.model_dump(), settings.data.dtype])[:16]}"
+    key = read_json("index.json")["train"][0][0]["key"]
+    music.pipe(f"{place}/{key}-32.h5", b"half")
+    with pytest.raises(
+        FormatError, match=rf"^memory:///bucket/staging/\w+/{key}-32\.h5: not a readable shard .*; delete it and run"
+    ) as caught:
+        preprocess.preprocess(settings, Path("index.json"), Path("shards"), "memory://bucket/staging")
+    assert len(str(caught.value).splitlines()) == 1 and "gae-" not in str(caught.value)
+
+
+def test_a_file_that_is_gone_after_the_index_is_skipped(both_lists, inline, music, capsys):
+    settings = values("memory://bucket/staging")
+    indexing.index(settings, "index.json", "memory.json")
+    music.rm("/bucket/a.wav")
+    preprocess.preprocess(settings, Path("index.json"), Path("shards"), "memory://bucket/staging")
+    assert "warning: skipped memory://bucket/a.wav: there is no such file" in capsys.readouterr().err
+    sing("b", 700.0)
+    with pytest.raises(AudioError, match=r"^memory://bucket/b\.wav: changed while it was read; run again$"):
+        preprocess.preprocess(settings, Path("index.json"), Path("afresh"), "memory://bucket/staging")
+
+
+def test_frames_that_do_not_arrive_are_one_line(music, monkeypatch):
+    lists(["music/a.wav"], ["music/b.wav"])
+    settings = values("staging")
+    indexing.index(settings, "index.json", "memory.json")
+    monkeypatch.setattr(preprocess, "map_tracks", lambda function, items, *_: [None for _ in items])
+    with pytest.raises(StorageError, match=r"^staging/[0-9a-f]+: 2 of 2 computed tracks do not arrive here; let compute\.staging name"):
+        preprocess.preprocess(settings, Path("index.json"), Path("shards"), "staging")
+
+
+# ---- where work runs -------------------------------------------------------------------------------------------------
+
+
+def test_workers_that_stage_at_a_url_are_given_no_local_files():
+    shared = params.Compute(scheduler="tcp://127.0.0.1:9", workers=500)
+    apart = shared.model_copy(update={"staging": "s3://bucket/staging"})
+    files = ["a.wav", "s3://bucket/b.wav", "/c.wav"]
+    assert computing.by_place(files, shared) == [(shared, files)] and computing.beside_files(shared) is shared
+    (here, local), (there, remote) = computing.by_place(files, apart)
+    assert (local, remote) == (["a.wav", "/c.wav"], ["s3://bucket/b.wav"])
+    assert there is apart and (here.scheduler, here.cluster, here.workers) == ("local", "none", 0)
+    assert computing.beside_files(params.Compute(staging="s3://bucket/staging", workers=3)).workers == 3
+
+
+def test_a_worker_that_does_not_see_the_folder_is_one_line():
+    with pytest.raises(GaeError, match=r"^/no/where: not seen by the worker on .* \(No such file or directory\); share it, or name"):
+        computing._at("/no/where", len, "")
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+def test_features_of_urls_have_readable_names_of_their_own():
+    urls = [
+        "s3://bucket/takes/Für Elise.flac",
+        "s3://bucket/one/song.flac",
+        "s3://bucket/two/song.flac",
+        "s3://other/song.flac",
+        "https://example.org/get/F%C3%BCr%20Th%C3%A9r%C3%A8se.flac?key=a/b.c",
+        "https://example.org/",
+        "music/song.flac",
+    ]
+    names = feature_names(urls)
+    assert len({name.casefold() for name in names.values()}) == len(urls)
+    assert [names[urls[n]] for n in (0, 4, 5)] == ["Für_Elise", "Für_Thérèse", "track"]
+    assert [names[url].rpartition("-")[0] for url in urls[1:4]] == ["one-song", "two-song", "other-song"]
+
+
+def test_one_file_at_a_url_is_converted(music):
+    convert_file("memory://bucket/a.wav", "far.h5", tiny.model())
+    convert_file("music/a.wav", "near.h5", tiny.model())
+    far, near = read("far.h5"), read("near.h5")
+    assert (far.values == near.values).all() and far.origin.source == "memory://bucket/a.wav"
+    assert far.origin.source_sha256 == near.origin.source_sha256
+
+
+# ---- a cluster and a bucket ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(s3, tmp_path, monkeypatch):
+    """A client of S3 with a bucket `audio` of ten tracks, which also lie below music/."""
+    for name, value in {
+        "ENDPOINT_URL": s3,
+        "ACCESS_KEY_ID": "nobody",
+        "SECRET_ACCESS_KEY": "nothing",
+        "DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="audio")
+    tracks()
+    for name in TRACKS:
+        client.upload_file(f"music/{name}.wav", "audio", f"{name}.wav")
+    yield client
+    for name in keys(client):
+        client.delete_object(Bucket="audio", Key=name)
+    client.delete_bucket(Bucket="audio")
+
+
+def tracks():
+    Path("music").mkdir()
+    for number, name in enumerate(TRACKS):
+        soundfile.write(f"music/{name}.wav", tiny.tone(20, 8000, 200.0 + 10 * number), 8000)
+
+
+def keys(client, prefix=""):
+    return [found["Key"] for found in client.list_objects_v2(Bucket="audio", Prefix=prefix).get("Contents", [])]
+
+
+def listed(folder):
+    """Two tracks in views, one on both lists."""
+    names = [f"{folder}/{name}.wav" for name in TRACKS]
+    lists([*names[:6], "\t".join(names[6:8])], names[7:])
+
+
+def killing(worker, waiting):
+    """Kill a worker once three tracks wait; gives how many waited then."""
+    seen = []
+
+    def watch():
+        while len(found := waiting()) < 3 and worker.poll() is None:
+            time.sleep(0.01)
+        worker.kill()
+        seen.append(len(found))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread, seen
+
+
+def test_a_bucket_gives_what_files_give(bucket):
+    listed("s3://audio")
+    far = run("s3://audio/staging", "far")
+    assert keys(bucket, "staging") == [] and far == run("staging", "near")
+    with Shards("far/train") as found:
+        assert [track.path for line in found.lines for track in line] == [f"s3://audio/{name}.wav" for name in TRACKS[:8]]
+
+
+def test_a_cluster_that_shares_a_bucket_and_loses_a_worker_gives_the_same_bytes(bucket, cluster):
+    address, workers = cluster
+    listed("s3://audio")
+    near = run("staging", "near")
+    os.unlink("memory.json")
+    killer, waited = killing(workers[0], lambda: keys(bucket, "staging"))
+    far = run("s3://audio/staging", "far", scheduler=address)
+    killer.join()
+    assert workers[0].wait(timeout=10) == -9 and 3 <= waited[0] < len(TRACKS)
+    assert far == near and keys(bucket, "staging") == []
+
+
+def test_a_cluster_that_shares_files_and_loses_a_worker_gives_the_same_bytes(cluster):
+    address, workers = cluster
+    tracks()
+    listed("music")
+    near = run("staging", "near")
+    os.unlink("memory.json")
+    killer, waited = killing(workers[0], lambda: list(Path("staging").glob("*/*.h5")))
+    far = run("staging", "far", scheduler=address)
+    killer.join()
+    assert workers[0].wait(timeout=10) == -9 and 3 <= waited[0] < len(TRACKS)
+    assert far == near and not Path("staging").exists()
+
+
+def test_a_bucket_that_refuses_or_is_not_there_is_one_line(bucket, monkeypatch):
+    lists(["s3://audio/t0.wav", "s3://nowhere/t0.wav"], [])
+    with pytest.raises(ListError, match=r"^train\.txt, line 2: no such file: s3://nowhere/t0\.wav"):
+        read_list("train.txt")
+    lists(["s3://audio/t0.wav"], ["s3://audio/t1.wav"])
+    with pytest.raises(StorageError, match=r"^s3://nowhere/staging/.*: there is no such file or bucket; correct the URL$"):
+        run("s3://nowhere/staging")
