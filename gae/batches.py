@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gae.cqt import transpose
 from gae.errors import TrainingError
 
 _CHUNK = 256  # frames read at a time, as they are stored
@@ -114,15 +115,6 @@ class Excerpts:
 
     def _read_chunk(self, key, number):
         return self.shards.read(key, number * _CHUNK, (number + 1) * _CHUNK)
-
-
-def transpose(frames, shift):
-    """Move frames (n, n_bins) up by `shift` bins (down where negative); what comes in is zero."""
-    moved = np.zeros_like(frames)
-    n_bins = frames.shape[1]
-    if abs(shift) < n_bins:
-        moved[:, max(0, shift) : n_bins + min(0, shift)] = frames[:, max(0, -shift) : n_bins - max(0, shift)]
-    return moved
 
 
 def long_enough(lines, n_frames):

@@ -126,6 +126,15 @@ def standardise(frames):
     return centred / np.where(norm < 1e-8, 1, norm)
 
 
+def transpose(frames, shift):
+    """Move frames (n, n_bins) up by `shift` bins (down where negative); what comes in is zero."""
+    moved = np.zeros_like(frames)
+    n_bins = frames.shape[1]
+    if abs(shift) < n_bins:
+        moved[:, max(0, shift) : n_bins + min(0, shift)] = frames[:, max(0, -shift) : n_bins - max(0, shift)]
+    return moved
+
+
 def frame_times(n_frames, cqt):
     """Centres of the first `n_frames` frames in s: float64, shape (n_frames,)."""
     return np.arange(n_frames) * cqt.frame_seconds

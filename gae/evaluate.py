@@ -12,10 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gae import audio
-from gae.batches import transpose
 from gae.compute import beside_files, map_tracks
 from gae.convert import convert_file
-from gae.cqt import compress, magnitude_blocks, standardise
+from gae.cqt import compress, magnitude_blocks, standardise, transpose
 from gae.errors import FormatError, ParamsError
 from gae.features import extract_frames
 from gae.files import read_json, write_json

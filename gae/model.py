@@ -127,13 +127,6 @@ class GatedAutoencoder(nn.Module):
             filters.mul_(norm / filters.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
-def transpose(frames, shift):
-    """Move frames (..., n_bins) up by `shift` bins (down where negative); what comes in is zero."""
-    n_bins = frames.shape[-1]
-    shift = max(-n_bins, min(n_bins, int(shift)))
-    return F.pad(frames, (shift, -shift)) if shift else frames
-
-
 def sparsity(mapping):
     """Lee's sparsity and selectivity term of a mapping (batch, n_frames, n_maps), as the original computes it.
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from gae import audio, features
 from gae.compute import beside_files, map_tracks
 from gae.cqt import frames as cqt_frames
+from gae.cqt import transpose
 from gae.errors import FormatError
 from gae.evaluate import LABELS, TOLERANCES, heldout_file, heldout_pieces
 from gae.features import extract_frames
@@ -463,13 +464,11 @@ def _rebuild(frames, network, bins):
     """
     import torch  # not above: it takes a second, and the processes that draw tracks do without
 
-    from gae.model import transpose
-
     with torch.no_grad():
-        y = torch.from_numpy(frames)[None].to(network.filters_y.device)
-        x = torch.cat([y[:, :1].expand(-1, network.sizes.context, -1), y], dim=1)[:, :-1]
-        rebuilt = network.reconstruct(network.mapping(x, y), transpose(x, bins))
-    return transpose(y, bins)[0].cpu().numpy(), rebuilt[0].cpu().numpy()
+        context = np.concatenate([np.repeat(frames[:1], network.sizes.context, axis=0), frames])[:-1]
+        x, moved, y = (torch.from_numpy(array)[None].to(network.filters_y.device) for array in (context, transpose(context, bins), frames))
+        rebuilt = network.reconstruct(network.mapping(x, y), moved)
+    return transpose(frames, bins), rebuilt[0].cpu().numpy()
 
 
 def _order(network):

@@ -52,7 +52,7 @@ def preprocess(params, index_file, out, staging):
     place = f"{staging}/{made}" if far else staging / made
     held = {folder: _tracks_in(folder, params) for folder in lists}
     staged = {key: track for folder in {place, near / made} for key, track in _waiting_in(folder, params).items()}
-    lent = _lend(lists, held, staged, near / made)
+    lent = _lend(lists, held, staged, near / made, params.cqt)
 
     files = {file["key"]: file for lines in lists.values() for line in lines for file in line}
     missing = [files[key] for key in sorted(files.keys() - staged.keys() - lent.keys() - set().union(*held.values()))]
@@ -118,7 +118,7 @@ def _file_in(place, key, n_frames):
 
 
 def _tracks_in(folder, params):
-    """The tracks that a folder holds already, made with these parameters: {key: shard}."""
+    """The tracks that a folder holds already, made with these parameters: {key: Track}."""
     sweep(folder)
     tracks = {}
     for file in sorted(folder.glob("*.h5")):
@@ -129,12 +129,12 @@ def _tracks_in(folder, params):
             file.unlink()
             continue
         if cqt == params.cqt and all(track.dtype == params.data.dtype for track in found.values()):
-            tracks |= dict.fromkeys(found, file)
+            tracks |= found
     return tracks
 
 
 def _waiting_in(place, params):
-    """The tracks that wait to be put into shards: {key: shard}; at a URL {key: Track}, as far as a list of names can tell."""
+    """The tracks that wait to be put into shards: {key: Track}; of those at a URL as much as a list of names can tell."""
     if not storage.is_url(place):
         return _tracks_in(place, params)
     tracks = {}
@@ -156,15 +156,14 @@ def _arrived(keys, place, params):
     return arrived
 
 
-def _lend(lists, held, staged, place):
+def _lend(lists, held, staged, place, cqt):
     """Copy aside what one list's folder holds and the other's needs: the first may be rewritten before the second."""
     lent = {}
     for folder, lines in lists.items():
         wanted = {file["key"] for line in lines for file in line}
         for other in held:
             for key in wanted & held[other].keys() - held[folder].keys() - staged.keys():
-                shards.copy_track(held[other][key], key, place / f"{key}.h5")
-                lent[key] = place / f"{key}.h5"
+                lent[key] = shards.copy_track(held[other][key], place / f"{key}.h5", cqt)
     return lent
 
 

@@ -12,7 +12,7 @@ they came, and one more track rewrites one file.
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from gae.storage import fetched, is_url
 SCHEMA = 1
 _CHUNK = 256  # frames in one HDF5 chunk: about what training reads at a time
 _FILES = 64  # open at a time
+_BLOCK = 8192  # frames read at a time
 _REMEDY = "delete it and run `dvc repro` again"
 
 
@@ -67,7 +68,7 @@ class Shards:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self._open = {}
+        self._opened = _Opened()
         self.cqt, self.tracks = None, {}
         for file in sorted(self.folder.glob("shard-*.h5")):
             cqt, tracks = read_shard(file)
@@ -81,32 +82,24 @@ class Shards:
         """Frames `start` to `stop` of a track: float32, shape (stop - start, n_bins)."""
         track = self.tracks[key]
         try:
-            return self._file(track.file)[key]["cqt"][start:stop].astype(np.float32)
+            return self._opened.file(track.file)[key]["cqt"][start:stop].astype(np.float32)
         except (OSError, KeyError) as error:
             raise FormatError(f"{track.file}: damaged ({_one_line(error)}); {_REMEDY}") from None
 
-    def blocks(self, key, n_frames=8192):
+    def blocks(self, key, n_frames=_BLOCK):
         """The frames of a track, `n_frames` at a time."""
         for start in range(0, self.tracks[key].n_frames, n_frames):
             yield self.read(key, start, start + n_frames)
 
     def close(self):
         """Close all files."""
-        while self._open:
-            self._open.popitem()[1].close()
+        self._opened.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
-
-    def _file(self, path):
-        if path not in self._open:
-            if len(self._open) >= _FILES:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[path] = h5py.File(path, "r")
-        return self._open[path]
 
     def _index(self):
         try:
@@ -118,6 +111,26 @@ class Shards:
         if key not in self.tracks:
             raise FormatError(f"{self.folder}: track {key} is in no shard; {_REMEDY}")
         return self.tracks[key]
+
+
+class _Opened:
+    """HDF5 files open for reading: those used last."""
+
+    def __init__(self):
+        self._files = {}
+
+    def file(self, path):
+        """The file, opened if it is not yet."""
+        if path not in self._files:
+            if len(self._files) >= _FILES:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[path] = h5py.File(path, "r")
+        return self._files[path]
+
+    def close(self):
+        """Close all of them."""
+        while self._files:
+            self._files.popitem()[1].close()
 
 
 def read_shard(file):
@@ -145,7 +158,7 @@ def read_shard(file):
         raise FormatError(f"{file}: not a readable shard ({_one_line(error)}); {_REMEDY}") from None
 
 
-def read_blocks(file, key, n_frames=8192):
+def read_blocks(file, key, n_frames=_BLOCK):
     """The frames of one track of one shard, without looking at the others.
 
     Parameters
@@ -243,15 +256,15 @@ def write_folder(folder, lines, sources, cqt, shard_bytes):
     write_json(folder / "index.json", {"schema": SCHEMA, "lines": views})
 
 
-def copy_track(source, key, file):
-    """Copy one track of the shard `source` to a shard of its own."""
-    cqt, tracks = read_shard(source)
-    _write_shard(file, [tracks[key]], cqt)
+def copy_track(track, file, cqt):
+    """Copy a track to a shard of its own, and return it as it is there."""
+    _write_shard(file, [track], cqt)
+    return replace(track, file=file)
 
 
 def _plan(tracks, shard_bytes, cqt):
     """Which shard holds which tracks: the first `bits` bits of the key choose it."""
-    total = sum(track.n_frames * np.dtype(track.dtype).itemsize for track in tracks.values()) * cqt.n_bins
+    total = sum(-(-track.n_frames // _CHUNK) * _CHUNK * np.dtype(track.dtype).itemsize for track in tracks.values()) * cqt.n_bins
     bits = 0
     while total > shard_bytes << bits and 1 << bits < len(tracks):
         bits += 1
@@ -271,11 +284,12 @@ def _holds(file, wanted, cqt):
 
 
 def _write_shard(file, tracks, cqt):
-    with writing(file, cqt) as shard:
+    with writing(file, cqt) as shard, closing(_Opened()) as opened:
         for track in tracks:
             with _at_hand(track) as here:
                 # not HDF5's own copy, whose bytes remember how often a track was copied
-                _, blocks = read_blocks(here.file, here.key)
+                frames = opened.file(here.file)[here.key]["cqt"]
+                blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
                 add_track(shard, here.key, blocks, cqt.n_bins, here.dtype, path=here.path, duration=here.duration, peak=here.peak)
 
 

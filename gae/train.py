@@ -22,9 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 from gae import plot
-from gae.batches import Excerpts, long_enough, transpose
+from gae.batches import Excerpts, long_enough
 from gae.checkpoints import Checkpoints
 from gae.compute import keep_memory
+from gae.cqt import transpose
 from gae.errors import TrainingError
 from gae.files import digest, read_json, sweep, write_json
 from gae.locks import alone

@@ -1,8 +1,6 @@
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gae import batches as module
 from gae.batches import Excerpts, long_enough, transpose
@@ -217,13 +215,3 @@ def test_a_track_of_just_one_excerpt_will_do(shards):
 def test_a_batch_that_processes_cannot_share_is_refused(shards):
     with pytest.raises(TrainingError, match=r"train\.batch \(6\) must be a multiple of the number of processes \(4\)"):
         excerpts(shards, 0, 4)
-
-
-@given(st.integers(-50, 50))
-def test_transposing_moves_bins_and_fills_with_zeros(shift):
-    frames = np.arange(1, 3 * BINS + 1, dtype=np.float32).reshape(3, BINS)
-    expected = np.zeros_like(frames)
-    for b in range(BINS):
-        if 0 <= b - shift < BINS:
-            expected[:, b] = frames[:, b - shift]
-    assert np.array_equal(transpose(frames, shift), expected)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gae import cqt as transform
-from gae.cqt import analyse, compress, frame_times, frames, magnitude_blocks, standardise
+from gae.cqt import analyse, compress, frame_times, frames, magnitude_blocks, standardise, transpose
 from gae.params import Cqt
 
 CQT = tiny.CQT
@@ -184,3 +184,13 @@ def test_whatever_the_parameters_allow_can_be_transformed(sample_rate, hop_lengt
         return
     made = frames(noise(3000), cqt)
     assert made.shape == (1 + 3000 // hop_length, n_bins) and np.isfinite(made).all()
+
+
+@given(st.integers(-50, 50))
+def test_transposing_moves_bins_and_fills_with_zeros(shift):
+    frames = np.arange(1, 3 * 24 + 1, dtype=np.float32).reshape(3, 24)
+    expected = np.zeros_like(frames)
+    for b in range(24):
+        if 0 <= b - shift < 24:
+            expected[:, b] = frames[:, b - shift]
+    assert np.array_equal(transpose(frames, shift), expected)

@@ -10,12 +10,10 @@ import pytest
 import safetensors
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from gae.errors import FormatError
-from gae.model import GatedAutoencoder, contrast, save_model, sparsity, transpose
+from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.modelfile import load_model
 from gae.params import Train
 from gae.train import Objective
@@ -148,16 +146,6 @@ def test_every_filter_gets_the_norm(network):
         network.filters_y[0] = 0
     network.set_filter_norm(0.4)
     assert np.isfinite(network.weights["filters_y"]).all()
-
-
-@given(st.integers(-50, 50))
-def test_transposing_moves_bins_and_fills_with_zeros(shift):
-    frames = torch.arange(1.0, 2 * 5 * BINS + 1).reshape(2, 5, BINS)
-    expected = torch.zeros_like(frames)
-    for b in range(BINS):
-        if 0 <= b - shift < BINS:
-            expected[:, :, b] = frames[:, :, b - shift]
-    assert torch.equal(transpose(frames, shift), expected)
 
 
 def test_the_sparsity_term_follows_the_formula():

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from gae import plot as pictures
+from gae.cqt import transpose
 from gae.errors import FormatError
 from gae.evaluate import LABELS, TOLERANCES
 from gae.features import Origin, extract_frames, write
 from gae.measures import pool
-from gae.model import save_model, transpose
+from gae.model import save_model
 from gae.params import Cqt, Params, Plot
 from gae.plot import draw, draw_losses, draw_network, draw_track, note_ticks, self_similarity
 from gae.shards import add_track, write_folder, writing
@@ -140,7 +141,7 @@ def test_reconstruction_is_made_from_the_context_alone():
     network.mapping, network.reconstruct = spy_on_mapping, spy_on_reconstruct
     frames = tiny.frames(30)
     target, rebuilt = pictures._rebuild(frames, network, 5)
-    up = transpose(torch.from_numpy(frames), 5)
+    up = torch.from_numpy(transpose(frames, 5))
     assert torch.equal(seen["m"], seen["mapping"])
     assert np.array_equal(target, up.numpy())
     for t in range(network.sizes.context, 30):

@@ -102,7 +102,7 @@ def test_more_shards_than_may_be_open_can_be_read(tmp_path, tracks, monkeypatch)
         assert len({track.file for track in read.tracks.values()}) > 6
         for _ in range(2):
             assert all(np.array_equal(read.read(key), frames_of(number)) for number, key in enumerate(tracks))
-        assert len(read._open) == 3
+        assert len(read._opened._files) == 3
 
 
 def test_bytes_do_not_depend_on_the_clock(tmp_path):
