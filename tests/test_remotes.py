@@ -102,6 +102,7 @@ def test_each_version_of_a_model_is_found_by_its_tag(recorded, other, tmp_path):
     project.commit()
     project.run("dvc", "push", "models/gae.safetensors")
     project.run("gto", "register", "gae", "--version", "v2.0.0")
+    assert re.search(r"gae +│ v2.0.0", project.run("gto", "show"))
 
     for version, expected in {None: b"trained again", "v1.0.0": first, "v2.0.0": b"trained again"}.items():
         revision = ["--rev", version] if version else []
