@@ -22,6 +22,7 @@ from threadpoolctl import ThreadpoolController
 from gae.cqt import frame_times
 from gae.errors import FormatError
 from gae.files import replacing
+from gae.hdf5 import check_heaps
 from gae.params import Cqt
 
 SCHEMA = 1
@@ -324,6 +325,7 @@ def _opened(path):
     if Path(path).suffix.lower() in (".npz", ".csv"):
         raise FormatError(f"{path}: only .h5 feature files are read here; numpy.load reads .npz, numpy.loadtxt .csv")
     try:
+        check_heaps(path)
         with h5py.File(path, "r") as file:
             yield file
     except FormatError:
