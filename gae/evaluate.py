@@ -88,11 +88,12 @@ def heldout_pieces(corpus):
     index = Path(corpus) / "corpus.json"
     try:
         pieces = [piece for piece in read_json(index)["pieces"] if piece["split"] == "heldout"]
+        aligned = any(piece["beats"]["score"] for piece in pieces)
     except (OSError, ValueError, KeyError, TypeError):
         raise FormatError(f"{index}: missing or damaged; run `dvc repro corpus`") from None
     if not pieces:
         raise FormatError(f"{index}: holds no held-out piece; raise corpus.heldout and run `dvc repro corpus`")
-    if not any(piece["beats"]["score"] for piece in pieces):
+    if not aligned:
         raise FormatError(f"{index}: no held-out piece has beats to align by; raise corpus.heldout and run `dvc repro corpus`")
     return pieces
 

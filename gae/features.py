@@ -352,6 +352,7 @@ def _opened(path):
     if Path(path).suffix.lower() in (".npz", ".csv"):
         raise FormatError(f"{path}: only .h5 feature files are read here; numpy.load reads .npz, numpy.loadtxt .csv")
     try:
+        hdf5.check_heaps(path)
         with h5py.File(path, "r") as file:
             yield file
     except FormatError:

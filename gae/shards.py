@@ -103,7 +103,9 @@ class Shards:
 
     def _index(self):
         try:
-            return [[view["key"] for view in line] for line in read_json(self.folder / "index.json")["lines"]]
+            lines = [[view["key"] for view in line] for line in read_json(self.folder / "index.json")["lines"]]
+            "".join(key for line in lines for key in line)  # a TypeError where one is no text
+            return lines
         except (OSError, ValueError, KeyError, TypeError):
             raise FormatError(f"{self.folder / 'index.json'}: missing or damaged; run `dvc repro preprocess`") from None
 
@@ -147,6 +149,7 @@ def read_shard(file):
         If it can't be read, is of another version, or a track's frames don't have the shape that is claimed.
     """
     try:
+        hdf5.check_heaps(file)
         with h5py.File(file, "r") as shard:
             if shard.attrs.get("schema") != SCHEMA:
                 raise FormatError(f"{file}: schema {shard.attrs.get('schema')}, expected {SCHEMA}; {_REMEDY}")

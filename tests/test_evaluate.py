@@ -177,6 +177,9 @@ def test_nothing_rebuilt_is_an_error_of_one():
 def test_what_is_missing_is_named(corpus, model, tmp_path, in_this_process):
     with pytest.raises(FormatError, match=r"corpus\.json: missing.*dvc repro corpus"):
         heldout_pieces(tmp_path)
+    (tmp_path / "corpus.json").write_text('{"pieces": [{"id": "a", "split": "heldout"}]}')
+    with pytest.raises(FormatError, match=r"corpus\.json: missing or damaged"):
+        heldout_pieces(tmp_path)
     (tmp_path / "corpus.json").write_text('{"pieces": [{"id": "a", "split": "train"}]}')
     with pytest.raises(FormatError, match="no held-out piece"):
         heldout_pieces(tmp_path)

@@ -256,6 +256,15 @@ def test_damaged_file_is_refused(tmp_path, values, harm):
     refused(path)
 
 
+def test_a_file_that_the_library_would_read_for_ever_is_refused(tmp_path, values):
+    path = stored(tmp_path / "song.h5", values)
+    content, free = path.read_bytes(), b"\0\0\0\0\0\0\0\0"
+    heap = content.index(b"GCOL")
+    place = next(n for n in range(heap + 4080, heap, -8) if content[n : n + 8] != free)  # the length of the free space
+    path.write_bytes(content[:place] + free + content[place + 8 :])
+    assert "a heap of texts is damaged" in refused(path)
+
+
 def test_flipped_bytes_raise_nothing_else(tmp_path, values):
     data = stored(tmp_path / "song.h5", values).read_bytes()
     rng = np.random.default_rng(0)

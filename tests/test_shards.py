@@ -197,6 +197,15 @@ def refuse(read, *names):
     assert message.splitlines() == [message] and all(name in message for name in names) and "run `dvc repro" in message
 
 
+def endless(content):
+    """An HDF5 file whose first heap of texts has free space of no size."""
+    content, part = bytearray(content), content.index(b"GCOL") + 16
+    while int.from_bytes(content[part : part + 2], "little"):
+        part += 16 + (int.from_bytes(content[part + 8 : part + 16], "little") + 7) // 8 * 8
+    content[part + 8 : part + 16] = bytes(8)
+    return bytes(content)
+
+
 @pytest.fixture
 def folder(tmp_path, tracks):
     write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 1 << 30)
@@ -265,13 +274,20 @@ def test_frames_that_are_not_stored_in_the_shard_are_refused(folder, tracks, dam
     refuse(lambda: Shards(folder), "shard-all.h5", "not stored whole")
 
 
+def test_a_shard_that_the_library_would_read_for_ever_is_refused(folder):
+    (folder / "shard-all.h5").write_bytes(endless((folder / "shard-all.h5").read_bytes()))
+    refuse(lambda: Shards(folder), "shard-all.h5", "heap")
+
+
 def test_shards_of_different_parameters_are_refused(folder, tracks):
     with shards.writing(folder / "shard-0.h5", CQT.model_copy(update={"gain": 3.0})):
         pass
     refuse(lambda: Shards(folder), "shard-all.h5", "other cqt parameters")
 
 
-@pytest.mark.parametrize("index", [None, "", "{", "[]", '{"lines": 3}', '{"lines": [[{}]]}', '{"lines": [[3]]}', '{"lines": null}'])
+@pytest.mark.parametrize(
+    "index", [None, "", "{", "[]", '{"lines": 3}', '{"lines": [[{}]]}', '{"lines": [[{"key": []}]]}', '{"lines": [[3]]}', '{"lines": null}']
+)
 def test_a_broken_index_is_refused(folder, index):
     (folder / "index.json").unlink() if index is None else (folder / "index.json").write_text(index)
     refuse(lambda: Shards(folder), "index.json")
