@@ -48,9 +48,9 @@ def sweep(folder):
         partial.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    """Write `value` as indented JSON with sorted keys, whole or not at all."""
-    with replacing(path) as partial:
+def write_json(path, value, durable=True):
+    """Write `value` as indented JSON with sorted keys, whole or not at all; `durable` as for `replacing`."""
+    with replacing(path, durable) as partial:
         partial.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
