@@ -148,9 +148,9 @@ def convert_list(shards, index_file, weights, out, params):
         for path, track in frames.items()
     ]
     out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
     arguments = (str(weights), model.sha256, str(out), params.convert.dtype)
     counts = map_tracks(convert_track, jobs, beside_files(params.compute), "convert", arguments)
+    sweep(out)  # not before: the workers of a run that was killed a moment ago may still have been writing
     _forget(out, {job["file"] for job in jobs})
     tracks = [{"path": job["source"], "file": job["file"], "key": job["key"], "n_frames": n} for job, n in zip(jobs, counts, strict=True)]
     skipped = _skipped(index, listed.keys() - frames.keys(), params.data.convert_list)

@@ -7,6 +7,7 @@ Repeat signs, ornaments and grace notes are not played.
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -557,16 +558,26 @@ def render_piece(piece, split, lead, folder, params):
         What is in the folder, as ``piece.json`` there has it, or ``{"id": ..., "left_out": reason}``.
     """
     spec = _spec(piece, split, lead, params)
-    record = folder / "piece.json"
-    if record.exists() and (report := read_json(record))["spec"] == spec:
+    if (report := _kept(folder, spec)) is not None:
         return report
     try:
         report, audio = _render(piece, split, lead, params)
     except Unplayable as reason:
         return {"id": piece.id, "left_out": str(reason)}
-    report["spec"] = spec
-    _write_folder(folder, report, audio)
+    encoded = {f"{name}.flac": _encode(samples) for name, samples in audio.items()}
+    report |= {"spec": spec, "files": {name: hashlib.sha256(data).hexdigest() for name, data in encoded.items()}}
+    _write_folder(folder, report, encoded)
     return report
+
+
+def _kept(folder, spec):
+    """The report on a piece whose files are just those that would be written, or None."""
+    try:
+        report = read_json(folder / "piece.json")
+        whole = report["spec"] == spec and all(content_hash(folder / name) == wanted for name, wanted in report["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return report if whole else None
 
 
 def _spec(piece, split, lead, params):
@@ -639,12 +650,19 @@ def _sounds(take):
     return {"k": take.k, "programs": list(take.programs), "names": [program_to_instrument_name(program) for program in take.programs]}
 
 
-def _write_folder(folder, report, audio):
+def _encode(samples):
+    """Samples as the bytes of a flac file; libsndfile itself does not always notice that a disk is full."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def _write_folder(folder, report, files):
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, samples in audio.items():
-        soundfile.write(partial / f"{name}.flac", samples, SAMPLE_RATE, subtype="PCM_16")
+    for name, data in files.items():
+        (partial / name).write_bytes(data)
     write_json(partial / "piece.json", report)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -688,7 +706,7 @@ def render_corpus(out, params, compute):
         minutes = round(params.hours * 60, 3)
         left_out += _gather(reports, train, heldout, minutes, lambda report: report["duration_s"] / 60, "minutes of music")
     _keep_only(out, heldout + train)
-    described = [{key: value for key, value in report.items() if key not in ("melodies", "spec")} for report in heldout + train]
+    described = [{key: value for key, value in report.items() if key not in ("melodies", "spec", "files")} for report in heldout + train]
     index = {"pieces": described, "left_out": left_out}
     write_json(out / "corpus.json", index)
     return index

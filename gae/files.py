@@ -48,10 +48,10 @@ def sweep(folder):
         partial.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    """Write `value` as indented JSON with sorted keys, whole or not at all."""
+def write_json(path, value, durable=True):
+    """Write `value` as indented JSON with sorted keys, whole or not at all; `durable` as for `replacing`."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    with replacing(path) as partial:
+    with replacing(path, durable) as partial:
         # bytes of a name that are no UTF-8 become escapes that JSON knows
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 

@@ -66,28 +66,31 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
     with Shards(shards_folder) as shards, alone(checkpoints) if fabric.is_global_zero else nullcontext():
         run = Run(fabric, params, shards, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
-        for batch in run.excerpts.batches(run.step, params.train.steps):
-            run.update(batch)
-            if not run.pauses:
-                continue
-            trouble = run.look()
-            if trouble:
-                if view:
-                    view.close()
-                run.write_good(model_path)
-                raise TrainingError(f"{trouble}; weights from before are in {model_path}; lower train.learning_rate and train.muon_rate")
-            if run.step % VALIDATION_STEPS == 0 or run.ended:
-                run.validate()
-            if view:
-                view.update(run)
-            if run.ended:
-                break
-            run.checkpoint()
-        if fabric.is_global_zero:
-            view.close()
+        with view or nullcontext():
+            _advance(run, view, model_path)
+        if view:
             run.write(model_path, run.best)
             write_json(metrics_path, run.metrics())
             run.store.clear()
+
+
+def _advance(run, view, model_path):
+    """Train to the end."""
+    for batch in run.excerpts.batches(run.step, run.params.train.steps):
+        run.update(batch)
+        if not run.pauses:
+            continue
+        trouble = run.look()
+        if trouble:
+            run.write_good(model_path)
+            raise TrainingError(f"{trouble}; weights from before are in {model_path}; lower train.learning_rate and train.muon_rate")
+        if run.step % VALIDATION_STEPS == 0 or run.ended:
+            run.validate()
+        if view:
+            view.update(run)
+        if run.ended:
+            break
+        run.checkpoint()
 
 
 def launch(train):
@@ -252,7 +255,7 @@ class View:
         self.drawings = Path(drawings)
         self.drawings.mkdir(parents=True, exist_ok=True)
         sweep(self.drawings)
-        self.live = Live(str(curves), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+        self.live = _Live(str(curves), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
         for row in run.history:
             self._log(row)
         self.bar = tqdm(desc="train", unit="step", initial=run.step, total=run.params.train.steps, mininterval=0.5)
@@ -269,7 +272,10 @@ class View:
             plot.draw_network(run.average, run.shards.cqt, self.frames, self.drawings, run.step)
             plot.draw_losses(run.history, self.drawings / "loss.png")
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         """Finish the bar and the curves."""
         self.bar.close()
         self.live.end()
@@ -280,6 +286,14 @@ class View:
             if name != "step":
                 self.live.log_metric(name, value)
         self.live.sync()
+
+
+class _Live(Live):
+    """DVCLive's curves, with a summary that is whole at any time."""
+
+    def make_summary(self):
+        self.summary["step"] = self.step
+        write_json(self.metrics_file, self.summary, durable=False)
 
 
 class Objective(nn.Module):

@@ -106,6 +106,18 @@ def test_rerun_keeps_what_is_done_and_ends_in_the_same_bytes(project, in_this_pr
     assert project.files() == before and kept.stat().st_mtime_ns == stamp
 
 
+def test_what_workers_of_a_killed_run_still_leave_is_swept(project, in_this_process, monkeypatch):
+    computed = convert.map_tracks
+
+    def beside_others(*arguments):
+        (project.out / ".song.h5.123.partial").write_bytes(b"half")
+        return computed(*arguments)
+
+    monkeypatch.setattr(convert, "map_tracks", beside_others)
+    project.run()
+    assert not list(project.out.glob(".*"))
+
+
 def test_other_weights_type_or_content_are_converted_again(project, in_this_process, tmp_path):
     project.run()
     other = tmp_path / "other.safetensors"

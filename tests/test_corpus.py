@@ -230,6 +230,16 @@ def test_what_is_there_is_kept_and_what_is_stale_goes(rendered, few_pieces, tmp_
     assert not list((tmp_path / "train").iterdir())
 
 
+@pytest.mark.parametrize("name", ["1.flac", "piece.json"])
+def test_what_is_damaged_is_rendered_again(few_pieces, tmp_path, name):
+    tune = next(piece for piece in few_pieces if piece.kind == "tune")
+    report = corpus.render_piece(tune, "train", None, tmp_path / "piece", SMALL)
+    whole = (tmp_path / "piece" / name).read_bytes()
+    (tmp_path / "piece" / name).write_bytes(whole[: len(whole) // 2])
+    assert corpus.render_piece(tune, "train", None, tmp_path / "piece", SMALL) == report
+    assert (tmp_path / "piece" / name).read_bytes() == whole
+
+
 def test_more_music_than_there_is(few_pieces, tmp_path):
     one = [piece for piece in few_pieces if piece.kind == "chorale"][:3]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ParamsError, match=r"lower corpus\.hours"):

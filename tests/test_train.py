@@ -136,6 +136,16 @@ def test_the_network_is_drawn_at_the_first_pause_after_each_interval(shards, tmp
     assert sorted(int(path.stem) for path in (tmp_path / "network").iterdir()) == drawn
 
 
+def test_the_bar_is_ended_before_an_error_is_told(shards, tmp_path, quiet, monkeypatch, capfd):
+    def full(view, row):
+        raise OSError
+
+    monkeypatch.setattr(module.View, "_log", full)
+    with pytest.raises(OSError):
+        learn(recipe(), shards, tmp_path)
+    assert "train:" in (said := capfd.readouterr().err) and said.endswith("\n")
+
+
 @pytest.mark.parametrize(
     ("at", "changes"),
     [
