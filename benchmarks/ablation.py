@@ -15,20 +15,24 @@ from gae.files import read_json, write_json
 
 VARIATIONS = {
     "default": [],
-    "reconstruction-only": ["train.contrast=0"],
+    "reconstruction-objective": ["train.objective=reconstruction"],
     "original-objective": ["train.objective=reconstruction", "train.sparsity=1e-5", "train.shift=60", "train.dropout=0.5"],
-    "no-compression": ["cqt.compression=none"],
-    "gain-1000": ["cqt.gain=1000"],
-    "input-scale-1": ["model.input_scale=1"],
-    "adam": ["train.optimiser=adam"],
-    "no-averaging": ["train.averaging=0"],
-    "constant-rate": ["train.schedule=constant"],
-    "dropout-0.5": ["train.dropout=0.5"],
-    "16-long-excerpts": ["train.batch=16", "train.block=128", "train.stride=1"],
-    "no-views": ["train.view_share=0"],
+    "contrast-0": ["train.contrast=0"],
     "contrast-0.3": ["train.contrast=0.3"],
     "contrast-1": ["train.contrast=1"],
     "temperature-0.05": ["train.temperature=0.05"],
+    "no-compression": ["cqt.compression=none"],
+    "gain-1000": ["cqt.gain=1000"],
+    "input-scale-1": ["model.input_scale=1"],
+    "16-long-excerpts": ["train.batch=16", "train.block=128", "train.stride=1"],
+    "batch-32": ["train.batch=32", "train.contrast_frames=512"],
+    "adam": ["train.optimiser=adam"],
+    "constant-rate": ["train.schedule=constant"],
+    "no-averaging": ["train.averaging=0"],
+    "dropout-0.5": ["train.dropout=0.5"],
+    "no-views": ["train.view_share=0"],
+    "shift-12": ["train.shift=12"],
+    "shift-36": ["train.shift=36"],
     "context-9": ["model.context=9"],
     "context-17": ["model.context=17"],
     "context-33": ["model.context=33"],
@@ -44,6 +48,8 @@ def run(name, overrides, seed, steps):
     """Run one experiment up to its evaluation and return its figures."""
     settings = [f"train.steps={steps}", f"train.seed={seed}", *overrides]
     options = [word for setting in settings for word in ("-S", setting)]
+    # an experiment leaves its parameters in the workspace, where the next would inherit them
+    subprocess.run(["git", "restore", "params.yaml"], check=True)
     subprocess.run(["dvc", "exp", "run", "-n", f"{name}-seed-{seed}", *options, "evaluate"], check=True, stdout=sys.stderr)
     metrics, full = read_json("metrics.json"), read_json("evaluation.json")
     return {

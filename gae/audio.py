@@ -1,5 +1,6 @@
 """Audio files to mono samples. Every way in which a file can be broken has its error here."""
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ _RATES = (1_000, 768_000)  # sample rates believed of a file, in Hz
 _CHANNELS = 64
 _SLACK = 0.05  # s that may be missing at the end: Ogg files claim some samples more than their last page decodes to
 _LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
-# libsndfile shortens wav and aiff files that are truncated without a word, but in its log
-_SHORTENED = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-_STREAMED = (1 << 31, 1 << 32)  # about what programs claim that can't know a length beforehand, in bytes
+# libsndfile shortens files that are truncated (wav, aiff; w64; rf64; au) without a word, but in its log
+_SHORTENED = re.compile(r"^\s*(?:data|SSND|riff|Riff size|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAMED = (1 << 31, 1 << 32, 1 << 63, 1 << 64)  # about what programs claim that can't know a length beforehand, in bytes
+_OGG_TAIL = 2 * 65307  # bytes at the end of an Ogg file that hold its last page
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,22 @@ def _open(path):
         if int(there) < int(claimed) and all(abs(int(claimed) - unknown) > 1 << 16 for unknown in _STREAMED):
             file.close()
             raise AudioError(f"{path}: truncated, {there} of {claimed} bytes are there; copy it again")
+    if file.format == "OGG" and not _has_last_page(path):
+        file.close()
+        raise AudioError(f"{path}: truncated, its last page is missing; copy or encode it again")
     return file
+
+
+def _has_last_page(path):
+    """Whether an Ogg file ends with a page marked as the last: libsndfile takes the pages that are there for the whole."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - _OGG_TAIL))
+        tail = file.read()
+    for page in re.finditer(rb"OggS\0[\x04-\x07].{20}(.)", tail, re.DOTALL):
+        sizes = tail[page.end() : page.end() + page[1][0]]
+        if page.end() + page[1][0] + sum(sizes) <= len(tail):
+            return True
+    return False
 
 
 def _decoded(file, path):

@@ -1,5 +1,6 @@
 """A run of training that can't be lost: its whole state in one file, written whole or not at all."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -56,7 +57,9 @@ class Checkpoints:
         for number, optimiser in enumerate(self.optimisers):
             for weight, entries in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser_{number}.{weight}.{name}": torch.as_tensor(value) for name, value in entries.items()}
-        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata={"gae": json.dumps(facts)})
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        text = json.dumps(facts)
+        data = save(tensors, metadata={"gae": text, "sha256": _digest(text, tensors)})
         with replacing(self.file) as partial:
             partial.write_bytes(data)
 
@@ -73,10 +76,13 @@ class Checkpoints:
                 stale.unlink()
         try:
             with safetensors.safe_open(self.file, "pt") as file:
-                facts = json.loads(file.metadata()["gae"])
-            return facts, load_file(self.file)
-        except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
-            return None, None
+                metadata = file.metadata()
+            tensors = load_file(self.file)
+            if metadata["sha256"] == _digest(metadata["gae"], tensors):
+                return json.loads(metadata["gae"]), tensors
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError):
+            pass
+        return None, None
 
 
 def _restore(optimiser, tensors):
@@ -87,6 +93,15 @@ def _restore(optimiser, tensors):
         weight, name = key.split(".")
         state["state"].setdefault(int(weight), {})[name] = tensor
     optimiser.load_state_dict(state)
+
+
+def _digest(text, tensors):
+    """SHA-256 of all that a checkpoint holds: half a state is worse than none."""
+    held = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        held.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        held.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return held.hexdigest()
 
 
 def _under(tensors, name):

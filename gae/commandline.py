@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from gae import params
-from gae.errors import GaeError
+from gae.errors import GaeError, one_line
 
 
 @contextmanager
@@ -52,11 +52,12 @@ def one_line_errors(program):
         sys.exit(f"{program}: error: {error}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{program}: error: {where}{error.strerror or error}; make room or check the permissions, then run it again")
+        what = one_line(where + " ".join(str(error.strerror or error).split()))
+        sys.exit(f"{program}: error: {what}; make room or check the permissions, then run it again")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; run it again to go on")
 
 
 def warn(message):
     """Print a warning of one line on standard error."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)

@@ -54,11 +54,8 @@ def map_tracks(function, items, compute, label, arguments=()):
     folder = None if is_url(compute.staging) else os.getcwd()
     with executor(compute) as pool:
         futures = {pool.submit(_at, folder, function, item, *arguments): n for n, item in enumerate(items)}
-        try:
-            for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
-                reports[futures.pop(future)] = future.result()
-        except BrokenProcessPool:
-            raise GaeError(f"{label}: a worker process was killed (out of memory?); run again, it goes on where it was") from None
+        for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
+            reports[futures.pop(future)] = future.result()
     return reports
 
 
@@ -96,6 +93,11 @@ def executor(compute):
     Parameters
     ----------
     compute : gae.params.Compute
+
+    Raises
+    ------
+    GaeError
+        As `map_tracks`.
     """
     workers = compute.workers or len(os.sched_getaffinity(0))
     if compute.scheduler != "local" or compute.cluster != "none":
@@ -107,6 +109,8 @@ def executor(compute):
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
         try:
             yield pool
+        except BrokenProcessPool:
+            raise GaeError("a worker process was killed (out of memory?); run again, it goes on where it was") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -16,6 +16,7 @@ from gae.cqt import analyse, frame_times
 from gae.errors import AudioError, FormatError, ParamsError
 from gae.features import Features, Origin, check_suffix, extract_blocks, validate, write
 from gae.files import content_hash, read_json, sweep, write_json
+from gae.index import read_index
 from gae.modelfile import Model, load_model
 from gae.shards import Shards, read_blocks
 
@@ -135,7 +136,7 @@ def convert_list(shards, index_file, weights, out, params):
     ParamsError
         If the model takes other frames than the shards hold.
     """
-    out, index = Path(out), _read_index(index_file)
+    out, index = Path(out), read_index(index_file)
     model = load_model(weights)
     with Shards(shards) as folder:
         _same_cqt(model.cqt, folder.cqt, weights, shards)
@@ -247,14 +248,6 @@ def _watched(blocks, seconds, total, label):
             bar.update(int(rows * seconds) - bar.n)
 
 
-def _read_index(file):
-    try:
-        index = read_json(file)
-        return {"convert": index["convert"], "skipped": index["skipped"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FormatError(f"{file}: missing or damaged; run `dvc repro index`") from None
-
-
 def _skipped(index, without_frames, convert_list):
     """What the list names and is not converted: found when it was indexed, or later when its frames were computed."""
     reason = "its frames could not be computed; see the warnings of preprocess"
@@ -290,14 +283,14 @@ def _holds(file, n_frames, origin, dtype):
 
 
 def _forget(out, files):
-    """Remove the features that the folder's last index lists and that are no longer wanted."""
+    """Remove the features in the folder that its last index lists and that are no longer wanted."""
     try:
         before = {track["file"] for track in read_json(out / "index.json")["tracks"]}
     except (OSError, ValueError, KeyError, TypeError):
         return
-    for name in before - files:
-        if Path(name).name == name and name.endswith(".h5"):
-            (out / name).unlink(missing_ok=True)
+    for file in out.glob("*.h5"):
+        if file.name in before - files:
+            file.unlink()
 
 
 def _readable(stem):

@@ -1,8 +1,13 @@
 """What can go wrong through no fault of the program: one line that names the culprit and the remedy."""
 
+_LONGEST = 2000  # characters of a message
+
 
 class GaeError(Exception):
     """A mistake that the user can mend. The message is one line: what, where, and what to do."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
 
 
 class ParamsError(GaeError):
@@ -27,3 +32,9 @@ class FormatError(GaeError):
 
 class TrainingError(GaeError):
     """Training can't start, or had to stop."""
+
+
+def one_line(message):
+    """A message as one line of bounded length that any terminal shows: names and damaged files may hold anything."""
+    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in message)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"

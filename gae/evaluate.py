@@ -42,7 +42,7 @@ def evaluate(params, corpus, model, out, metrics):
         Reads evaluate, train.shift and compute.
     corpus : Path
         Folder of `gae.corpus`.
-    model : Path
+    model : str or Path
         The model file to judge; its own CQT parameters are used throughout.
     out : Path
         JSON. All figures are in percent, but for the speeds; each is a mean over the pieces and stands with its standard

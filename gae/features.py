@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from gae import hdf5
 from gae.cqt import frame_times
 from gae.errors import FormatError
 from gae.files import replacing
@@ -290,7 +291,7 @@ def _checked(blocks, shape, path):
 
 
 def _write_h5(path, blocks, shape, origin, dtype):
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+    with hdf5.create(path) as file:
         file.attrs.update(_attributes(origin))
         values = file.create_dataset("values", shape, dtype)
         file["times"] = frame_times(shape[0], origin.cqt)

@@ -10,6 +10,8 @@ from gae.commandline import warn
 from gae.errors import ListError
 from gae.storage import each, is_url, kind, matching
 
+_LONGEST = 4096  # characters of a path that may exist
+
 
 @dataclass(frozen=True)
 class Line:
@@ -66,11 +68,17 @@ def check_list(file, coming):
 
 def _text_lines(file):
     try:
-        return Path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (FileNotFoundError, IsADirectoryError):
         raise ListError(f"{file}: no such list; write one audio path a line, or name another in params.yaml") from None
     except UnicodeDecodeError:
         raise ListError(f"{file}: not UTF-8 text; a list holds one audio path a line") from None
+    except ValueError:  # of its name
+        raise ListError(f"{file}: no file can be called so; name another list in params.yaml") from None
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ListError(f"{file}, line {number}: holds a zero byte; a list holds one audio path a line")
+    return lines
 
 
 def _expand(columns, where, kinds):
@@ -95,23 +103,24 @@ def _columns(text):
 
 def _uncommented(column):
     """A column without its comment: "Sonata in C # minor.wav" is a name if such a file exists, and else a name with a comment."""
-    cuts = [column[: mark.start()].rstrip() for mark in re.finditer(r"(^|\s)#", column)]
+    cuts = [mark.start() for mark in re.finditer(r"(^|\s)#", column)]
     if not cuts:
         return column
-    return next((name for name in [column, *reversed(cuts)] if kind(os.path.expanduser(name))), cuts[0])
+    for end in [len(column), *reversed(cuts)]:
+        if end <= _LONGEST and kind(os.path.expanduser(name := column[:end].rstrip())):
+            return name
+    return column[: cuts[0]].rstrip()
 
 
 def _files(pattern, where, kinds=None):
     """The files that one column names, sorted; a name that exists is taken literally even if it looks like a glob."""
     pattern = os.path.expanduser(pattern)
-    if "\0" in pattern:
-        raise ListError(f"{where}: holds a zero byte; a list holds one audio path a line")
     what = (kinds or {}).get(pattern) or kind(pattern)
     if what == "file":
         return [pattern]
     if what == "folder":
         raise ListError(f"{where}: {pattern} is a folder; write {os.path.join(pattern, '*')} for the files in it")
-    found = matching(pattern) if glob.has_magic(pattern) else []
+    found = _matches(pattern, where) if glob.has_magic(pattern) else []
     if not found:
         complaint = "no file matches" if glob.has_magic(pattern) else "no such file:"
         raise ListError(f"{where}: {complaint} {pattern}; correct the path or take the line out")
@@ -119,3 +128,11 @@ def _files(pattern, where, kinds=None):
         if path.encode(errors="ignore").decode().splitlines() != [path]:
             raise ListError(f"{where}: {path!a} has a name that can't be written as a line of UTF-8 text; rename it")
     return found
+
+
+def _matches(pattern, where):
+    """The files that a glob names, sorted. Some patterns would walk the same folders again and again, for ever."""
+    if re.search(r"[*?[].*/\.\.(/|$)", pattern):
+        raise ListError(f"{where}: {pattern} goes up (..) after a wildcard; write the path without")
+    once = re.sub(r"(\*\*/+)+", "**/", pattern)
+    return matching(once)

@@ -23,7 +23,7 @@ def replacing(path, durable=True):
     Yields
     ------
     Path
-        Where to write. On an exception it is removed and `path` stays as it was.
+        Where to write. On an exception it is removed and `path` stays as it was; an `OSError` then names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +34,10 @@ def replacing(path, durable=True):
             with open(partial, "rb+") as written:
                 os.fsync(written.fileno())
         partial.replace(path)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) != partial:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None  # name what the user knows
     finally:
         partial.unlink(missing_ok=True)
 
@@ -46,13 +50,18 @@ def sweep(folder):
 
 def write_json(path, value):
     """Write `value` as indented JSON with sorted keys, whole or not at all."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        # bytes of a name that are no UTF-8 become escapes that JSON knows
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path):
-    """Read a JSON file written by `write_json`."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file written by `write_json`; a damaged one is a ValueError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
 
 
 def content_hash(path):

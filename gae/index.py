@@ -5,12 +5,15 @@ What it writes depends on the files' content alone, so DVC goes on only where so
 """
 
 import os
+import re
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from gae import audio, storage
 from gae.commandline import warn
 from gae.compute import by_place, map_tracks
-from gae.errors import AudioError, ListError
+from gae.errors import AudioError, FormatError, ListError
 from gae.filelists import read_list
 from gae.files import content_hash, read_json, write_json
 
@@ -67,6 +70,45 @@ def index(params, out, remembered):
     write_json(out, result)
 
 
+class _Part(BaseModel):
+    """A part of an index that is read back: what is not named here is passed on."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _File(_Part):
+    path: str
+    key: str = Field(pattern="^[0-9a-f]{32}$")  # becomes the name of a file
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    seconds: float
+
+
+class _Skipped(_Part):
+    path: str
+    list: str
+    reason: str
+
+
+class _Index(_Part):
+    train: list[list[_File]]
+    convert: list[list[_File]]
+    skipped: list[_Skipped]
+
+
+def read_index(file):
+    """Read what `index` wrote.
+
+    Raises
+    ------
+    FormatError
+        If it is missing or damaged.
+    """
+    try:
+        return _Index.model_validate(read_json(file)).model_dump()
+    except (OSError, ValueError):
+        raise FormatError(f"{file}: missing or damaged; run `dvc repro index`") from None
+
+
 def _look(paths, remembered, compute):
     """What each file holds, opening only those that changed: {path: {size, mtime, sha256, samples, ... or error}}."""
     known = _recall(remembered)
@@ -111,9 +153,17 @@ def _recall(remembered):
     try:
         before = read_json(remembered)
         files = before["files"].items() if before["version"] == _VERSION else ()
-        return {path: found for path, found in files if "error" in found or {"samples", "sample_rate", "channels"} <= found.keys()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {path: found for path, found in files if _plausible(found)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _plausible(found):
+    """Whether `examine` could have found that."""
+    if "error" in found:
+        return isinstance(found["error"], str)
+    counts = [found.get(name) for name in ("bytes", "samples", "sample_rate", "channels")]
+    return all(isinstance(count, int) and count > 0 for count in counts) and re.fullmatch("[0-9a-f]{64}", found.get("sha256", ""))
 
 
 def _problem(path, finding, cqt):

@@ -162,11 +162,32 @@ def contrast(queries, keys, temperature):
     ----------
     A. van den Oord, Y. Li, O. Vinyals: Representation Learning with Contrastive Predictive Coding, 2018.
     """
-    cosine = (F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT).float()
-    # no cosine exceeds 1: less 1 nothing overflows, and one exponential serves rows and columns
-    logits = cosine.mul(1 / temperature).sub_(1 / temperature)
-    likeness = logits.exp()
-    return ((likeness.sum(-1).log() + likeness.sum(-2).log()) / 2 - logits.diagonal(dim1=-2, dim2=-1)).mean()
+    kind = queries.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else queries.dtype
+    return _InfoNCE.apply(*(F.normalize(side, dim=-1).to(dtype) for side in (queries, keys)), temperature)
+
+
+class _InfoNCE(torch.autograd.Function):
+    """`contrast` of rows of unit norm, with its derivative written out: autograd passes over the square of frames twice as often."""
+
+    @staticmethod
+    def forward(ctx, queries, keys, temperature):
+        # no cosine exceeds 1: less 1 nothing overflows, and one exponential serves rows and columns
+        likeness = (queries @ keys.mT).float().sub_(1).div_(temperature)
+        own = likeness.diagonal(dim1=-2, dim2=-1).clone()
+        likeness.exp_()
+        rows, columns = (likeness.sum(side).clamp_min(1e-37) for side in (-1, -2))  # even where all underflow
+        ctx.save_for_backward(queries, keys, likeness, rows, columns)
+        ctx.temperature = temperature
+        return ((rows.log() + columns.log()) / 2 - own).mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        queries, keys, likeness, rows, columns = ctx.saved_tensors
+        slope = (1 / rows[..., None] + 1 / columns[..., None, :]).mul_(likeness)
+        slope.diagonal(dim1=-2, dim2=-1).sub_(2)
+        slope, scale = slope.to(queries.dtype), gradient / (2 * rows.numel() * ctx.temperature)
+        return (slope @ keys) * scale, (slope.mT @ queries) * scale, None
 
 
 def save_model(path, model, cqt, dtype="float32", **facts):

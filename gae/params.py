@@ -13,7 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gae.errors import ParamsError
 
-_SHORT = reprlib.Repr()  # of a value in a message: anything may be in the file
+_MERGED = 1000  # keys that a section may have with those that it merges (<<: *other)
+
+
+class _Short(reprlib.Repr):
+    """Shows a value in a message: anything may be in the file."""
+
+    def repr_int(self, number, level):
+        return super().repr_int(number, level) if abs(number) < 1 << 1000 else f"an integer of {number.bit_length()} bits"
+
+
+_SHORT = _Short()
 _SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
 
@@ -246,6 +256,15 @@ def describe(keys):
 
 class _Loader(yaml.SafeLoader):
     """YAML as DVC writes it, of version 1.2: there 1e-5 is a number, for PyYAML alone it is a text."""
+
+    def flatten_mapping(self, node):
+        """Merge what ``<<`` names, as long as a few lines that merge each other don't make millions of keys."""
+        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+        sections = sum(len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for value in merged)
+        if sections <= _MERGED:
+            super().flatten_mapping(node)
+        if sections > _MERGED or len(node.value) > _MERGED:
+            raise yaml.constructor.ConstructorError(None, None, f"merges more than {_MERGED} keys", node.start_mark)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))

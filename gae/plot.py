@@ -1,6 +1,5 @@
 """Pictures of data, network, features and results. Everything is drawn from arrays; only `draw` and `draw_track` read files."""
 
-import csv
 import warnings
 from contextlib import contextmanager
 from functools import cache
@@ -55,7 +54,7 @@ _BLOCK = 1 << 15  # frames of features read at a time
 _COLUMNS = 16  # filters beside each other
 
 
-def draw(params, corpus, shards, model, tracks, training, metrics, figures):
+def draw(params, corpus, shards, model, tracks, metrics, figures):
     """Draw all pictures of a finished run.
 
     Parameters
@@ -66,11 +65,10 @@ def draw(params, corpus, shards, model, tracks, training, metrics, figures):
         Folder of `gae.corpus`: its first held-out piece is shown in two keys.
     shards : Path
         Folder of shards: an excerpt of its first track is what the network is shown with.
-    model : Path
+    model : str or Path
+        The model file that made the features.
     tracks : Path
         Folder of feature files; each gets a picture, named by its stem.
-    training : Path
-        Folder with DVCLive's curves.
     metrics : Path
         JSON that `gae.evaluate` wrote.
     figures : Path
@@ -82,7 +80,6 @@ def draw(params, corpus, shards, model, tracks, training, metrics, figures):
     pictures = (
         lambda: draw_input(frames, cqt, times, title, figures / "input.png", plot),
         lambda: draw_network(model.network, cqt, frames, figures, plot=plot),
-        lambda: draw_losses(_curves(training), figures / "loss.png", plot),
         lambda: draw_metrics(read_json(metrics), figures / "metrics.png", plot),
         lambda: _draw_heldout(Path(corpus), model, figures / "transposition.png", plot),
     )
@@ -204,24 +201,28 @@ def draw_histograms(network, frames, mapping, rebuilt, path, plot, suffix=""):
             _histogram(axes, weights[key], name, "weight", (-limits[name], limits[name]))
 
 
-def draw_losses(curves, path, plot):
+def draw_losses(history, path, plot=None):
     """Draw the curves of a training, a panel each.
 
     Parameters
     ----------
-    curves : dict of str to tuple of ndarray
-        Steps and values under each name.
+    history : list of dict of str to float
+        The step, and what was measured then; not every row need have everything.
+    plot : gae.params.Plot or None
+        None for the defaults.
     """
-    columns = min(3, max(1, len(curves)))
-    rows = -(-len(curves) // columns) or 1
-    with _picture(path, plot, 0.3 + 2.4 * rows) as figure:
+    names = sorted({name for row in history for name in row} - {"step"})
+    columns = min(3, max(1, len(names)))
+    rows = -(-len(names) // columns) or 1
+    with _picture(path, plot or Plot(), 0.3 + 2.4 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, (name, (steps, values)) in zip(grid.flat, curves.items(), strict=False):
+        for axes, name in zip(grid.flat, names, strict=False):
+            steps, values = np.array([(row["step"], row[name]) for row in history if name in row], dtype=float).T
             axes.plot(steps, values, color=_QUIET, linewidth=1)
             axes.plot(*_smooth(steps, values), color=_ACCENT, linewidth=1.6)
             axes.set(title=name, xlabel="step")
             axes.grid(True)
-        for axes in grid.flat[len(curves) :]:
+        for axes in grid.flat[len(names) :]:
             axes.set_visible(False)
 
 
@@ -474,18 +475,6 @@ def _rebuild(frames, network, bins):
 def _order(network):
     """The filters, those first that weigh most in the first mapping layer."""
     return np.argsort(-np.linalg.norm(network.weights["map_1.weight"], axis=0), kind="stable")
-
-
-def _curves(folder):
-    """DVCLive's curves: {name: (steps, values)}."""
-    root = Path(folder) / "plots" / "metrics"
-    curves = {}
-    for file in sorted(root.rglob("*.tsv")):
-        with open(file, newline="", encoding="utf-8") as text:
-            rows = list(csv.DictReader(text, delimiter="\t"))
-        points = np.array([(float(row["step"]), float(row[file.stem])) for row in rows]).reshape(-1, 2)
-        curves[file.relative_to(root).with_suffix("").as_posix()] = (points[:, 0], points[:, 1])
-    return curves
 
 
 def _smooth(steps, values):

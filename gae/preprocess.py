@@ -9,7 +9,8 @@ from gae.commandline import warn
 from gae.compute import by_place, map_tracks
 from gae.cqt import analyse
 from gae.errors import AudioError, FormatError, ListError, StorageError
-from gae.files import content_hash, digest, read_json, sweep
+from gae.files import content_hash, digest, sweep
+from gae.index import read_index
 
 _WAITING = re.compile(r"/([0-9a-f]{32})-([0-9]+)\.h5$")  # a track at a URL: its key, and what must be known of it beforehand
 
@@ -43,7 +44,8 @@ def preprocess(params, index_file, out, staging):
     StorageError
         If what was computed does not arrive, or a storage can't be reached.
     """
-    lists = {Path(out) / role: lines for role, lines in _read_index(index_file).items()}
+    indexed = read_index(index_file)
+    lists = {Path(out) / role: indexed[role] for role in ("train", "convert")}
     far = storage.is_url(staging)
     staging, near = (staging.rstrip("/"), Path(out) / ".staging") if far else (Path(staging), Path(staging))
     made = digest([params.cqt.model_dump(), params.data.dtype])[:16]
@@ -113,14 +115,6 @@ def _file_in(place, key, n_frames):
             yield file
     else:
         yield place / f"{key}.h5"
-
-
-def _read_index(file):
-    try:
-        index = read_json(file)
-        return {role: index[role] for role in ("train", "convert")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FormatError(f"{file}: missing or damaged; run `dvc repro index`") from None
 
 
 def _tracks_in(folder, params):

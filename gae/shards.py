@@ -11,6 +11,7 @@ they came, and one more track rewrites one file.
 """
 
 import json
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from gae import hdf5
 from gae.errors import FormatError
 from gae.files import read_json, replacing, write_json
 from gae.params import Cqt
@@ -176,7 +178,7 @@ def read_blocks(file, key, n_frames=8192):
 @contextmanager
 def writing(file, cqt, durable=True):
     """Yield an open HDF5 file that becomes the shard `file` when the block ends well."""
-    with replacing(file, durable) as partial, h5py.File(partial, "w", libver=("v110", "v110")) as shard:
+    with replacing(file, durable) as partial, hdf5.create(partial) as shard:
         shard.attrs["schema"] = SCHEMA
         shard.attrs["cqt"] = json.dumps(cqt.model_dump(), sort_keys=True)
         yield shard
@@ -279,11 +281,21 @@ def _write_shard(file, tracks, cqt):
 
 
 def _read_track(file, key, group, cqt):
-    n_frames = int(group.attrs["n_frames"])
-    if group["cqt"].shape != (n_frames, cqt.n_bins):
-        raise FormatError(f"{file}: track {key} has {group['cqt'].shape} frames, not ({n_frames}, {cqt.n_bins}); {_REMEDY}")
-    about = group.attrs
-    return Track(key, Path(file), str(about["path"]), n_frames, float(about["duration"]), float(about["peak"]), str(group["cqt"].dtype))
+    dataset, about = group["cqt"], group.attrs
+    n_frames = int(about["n_frames"])
+    if dataset.shape != (n_frames, cqt.n_bins):
+        raise FormatError(f"{file}: track {key} has {dataset.shape} frames, not ({n_frames}, {cqt.n_bins}); {_REMEDY}")
+    if dataset.file.filename != str(file) or not _stored(dataset, file):
+        raise FormatError(f"{file}: track {key} is not stored whole in it; {_REMEDY}")
+    return Track(key, Path(file), str(about["path"]), n_frames, float(about["duration"]), float(about["peak"]), str(dataset.dtype))
+
+
+def _stored(dataset, file):
+    """Whether frames are stored as `add_track` does it: then what is claimed can't exceed what is there."""
+    chunk = (_CHUNK, dataset.shape[1])
+    held = -(-len(dataset) // _CHUNK) * np.prod(chunk) * dataset.dtype.itemsize
+    plain = dataset.dtype in ("float16", "float32") and dataset.chunks == chunk and not dataset.id.get_create_plist().get_nfilters()
+    return plain and dataset.id.get_storage_size() == held <= os.path.getsize(file)
 
 
 def _one_line(error):

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from gae.checkpoints import Checkpoints
 from gae.compute import keep_memory
 from gae.errors import TrainingError
 from gae.files import digest, read_json, sweep, write_json
+from gae.locks import alone
 from gae.measures import invariance_top1
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.shards import Shards
@@ -56,9 +58,11 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
     ------
     TrainingError
         If there is too little data, or the loss is NaN or diverges; the last good weights are then in `model_path`.
+    GaeError
+        If another process trains with these checkpoints.
     """
     fabric = launch(params.train)
-    with Shards(shards_folder) as shards:
+    with Shards(shards_folder) as shards, alone(checkpoints) if fabric.is_global_zero else nullcontext():
         run = Run(fabric, params, shards, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
         for batch in run.excerpts.batches(run.step, params.train.steps):
@@ -238,7 +242,7 @@ class Run:
 
 
 class View:
-    """What a person sees of a run: the bar, DVCLive's curves, drawings of the network."""
+    """What a person sees of a run: the bar, DVCLive's curves, drawings of the network and the losses."""
 
     def __init__(self, run, curves, drawings):
         if run.step == 0:
@@ -262,6 +266,7 @@ class View:
         self.bar.update(run.step - self.bar.n)
         if due or run.ended:
             plot.draw_network(run.average, run.shards.cqt, self.frames, self.drawings, run.step)
+            plot.draw_losses(run.history, self.drawings / "loss.png")
 
     def close(self):
         """Finish the bar and the curves."""

@@ -7,10 +7,9 @@ from gae.evaluate import evaluate
 if __name__ == "__main__":
     with stage(
         __doc__,
-        reads=["evaluate", "train.shift", "compute"],
+        reads=["evaluate", "convert.weights", "train.shift", "compute"],
         corpus="data/corpus",
-        model="models/gae.safetensors",
         out="evaluation.json",
         metrics="metrics.json",
     ) as (params, paths):
-        evaluate(params, paths.corpus, paths.model, paths.out, paths.metrics)
+        evaluate(params, paths.corpus, params.convert.weights, paths.out, paths.metrics)

@@ -7,13 +7,11 @@ from gae.plot import draw
 if __name__ == "__main__":
     with stage(
         __doc__,
-        reads=["plot", "compute"],
+        reads=["plot", "convert.weights", "compute"],
         corpus="data/corpus",
         shards="data/shards/convert",
-        model="models/gae.safetensors",
         tracks="features",
-        training="plots/training",
         metrics="evaluation.json",
         figures="plots/figures",
     ) as (params, paths):
-        draw(params, **vars(paths))
+        draw(params, model=params.convert.weights, **vars(paths))

@@ -89,6 +89,11 @@ class Project:
         shutil.copytree(self.folder, folder, symlinks=True)
         return Project(folder)
 
+    def clone(self, folder):
+        """A fresh clone: what git tracks, and nothing that DVC keeps."""
+        self.run("git", "clone", "--quiet", str(self.folder), str(folder))
+        return Project(folder)
+
     def files(self, path):
         """What is in the files below a folder, by name."""
         return {file.relative_to(self / path).as_posix(): file.read_bytes() for file in (self / path).rglob("*") if file.is_file()}

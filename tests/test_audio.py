@@ -1,4 +1,5 @@
 import os
+import re
 import struct
 import tracemalloc
 import zlib
@@ -10,7 +11,7 @@ import soundfile
 import tiny
 
 from gae import audio
-from gae.errors import AudioError
+from gae.errors import AudioError, one_line
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def refuse(path):
         messages.add(str(caught.value))
     assert len(messages) == 1
     message = messages.pop()
-    assert message.startswith(f"{path}: ") and message.splitlines() == [message]
+    assert message.startswith(one_line(f"{path}: ")) and message.splitlines() == [message]
     assert any(remedy in message for remedy in ("again", "check", "convert", "allowed"))
     return message
 
@@ -155,6 +156,24 @@ def test_a_truncated_file_is_refused(write, extension, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     refuse(path)
+
+
+@pytest.mark.parametrize(("extension", "how"), [("ogg", {}), ("ogg", {"subtype": "OPUS"}), ("w64", {}), ("rf64", {}), ("au", {})])
+def test_a_file_that_lost_its_end_is_refused(write, extension, how):
+    """Cut at the end of an Ogg page too, where what is left looks whole."""
+    path = write(f"cut.{extension}", np.random.default_rng(0).uniform(-0.3, 0.3, 144_000), 48000, **how)
+    content = path.read_bytes()
+    audio.probe(path)
+    starts = [page.start() for page in re.finditer(rb"OggS\0", content)]
+    for length in [len(content) - 1, len(content) // 2, *starts[3:]]:
+        path.write_bytes(content[:length])
+        assert "truncated" in refuse(path)
+
+
+@pytest.mark.parametrize(("extension", "place", "layout"), [("au", 8, ">I"), ("w64", 16, "<Q"), ("wav", 40, "<I")])
+def test_a_stream_of_any_format_may_not_know_its_length(write, extension, place, layout):
+    path = write(f"stream.{extension}", tiny.tone(0.5, 8000), 8000)
+    assert audio.probe(patched(path, place, layout, (1 << 8 * struct.calcsize(layout)) - 1)).n_samples == 4000
 
 
 def test_an_mp3_without_a_length_is_audio(write):

@@ -94,3 +94,11 @@ def test_version_without_heavy_imports():
     code = "import sys, gae.cli\ntry: gae.cli.main(['--version'])\nfinally: print({'torch', 'numba', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"gae {gae.__version__}", "set()"]
+
+
+@pytest.mark.parametrize("name", ["a\nb.wav", "a\x1b[2J.wav", "a\u2028b.wav", "latin-\udce4.wav", "x" * 5000 + ".wav"])
+def test_a_name_of_any_kind_is_one_line(folder, weights, capsys, name):
+    code, _, error = run(capsys, "convert", name, "--out", "song.h5", "--weights", weights)
+    assert code == 1 and error == error.splitlines()[0] + "\n" and error.strip().isprintable() and len(error) < 2100
+    code, _, error = run(capsys, "convert", "song.wav", "--out", f"{name}.h5", "--weights", f"{name}.safetensors")
+    assert error.splitlines() == [error] and error.isprintable() and len(error) < 2100

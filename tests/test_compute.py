@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gae.compute import map_tracks
+from gae.compute import executor, map_tracks
 from gae.errors import GaeError
 from gae.params import Compute
 
@@ -57,3 +57,5 @@ def test_no_scheduler_is_one_line(monkeypatch):
 def test_a_killed_process_is_one_line():
     with pytest.raises(GaeError, match="a worker process was killed"):
         map_tracks(die, [1, 2], Compute(workers=2), "local")
+    with pytest.raises(GaeError, match="a worker process was killed"), executor(Compute(workers=1)) as pool:
+        pool.submit(die, 1).result()

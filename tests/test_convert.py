@@ -47,7 +47,9 @@ class Project:
                 shards.add_track(shard, key, [block], cqt.n_bins, "float32", path="x", duration=1.0, peak=1.0)
         listed = [[(keys[content], path)] for path, content in contents.items()]
         shards.write_folder(self.shards, listed, sources, cqt, 1 << 30)
-        entries = [[{"path": path, "key": keys[content], "sha256": keys[content] * 2}] for path, content in contents.items()]
+        entries = [
+            [{"path": path, "key": keys[content], "sha256": keys[content] * 2, "seconds": 1.0}] for path, content in contents.items()
+        ]
         self.skipped = [
             {"path": "bad.wav", "list": "data/convert.txt", "line": 3, "reason": "bad.wav: truncated"},
             {"path": "other.wav", "list": "data/train.txt", "line": 4, "reason": "other.wav: not audio"},
@@ -126,7 +128,7 @@ def test_what_is_no_longer_listed_goes_and_what_is_not_ours_stays(project, in_th
 
 
 def test_listed_track_without_frames_is_named(project, in_this_process):
-    project.write_index([*project.entries, [{"path": "gone.wav", "key": "f" * 32, "sha256": "f" * 64}]])
+    project.write_index([*project.entries, [{"path": "gone.wav", "key": "f" * 32, "sha256": "f" * 64, "seconds": 1.0}]])
     index = project.run()
     assert len(index["tracks"]) == 3
     assert index["skipped"][-1]["path"] == "gone.wav" and "preprocess" in index["skipped"][-1]["reason"]
@@ -152,6 +154,35 @@ def test_damaged_inputs_are_named(project, in_this_process):
     project.weights = project.weights.with_name("half.safetensors")
     with pytest.raises(FormatError, match=r"half\.safetensors: not a model file"):
         project.run()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda index: index.update(convert=None),
+        lambda index: index.update(convert=[3]),
+        lambda index: index["convert"][0][0].pop("sha256"),
+        lambda index: index["convert"][0][0].update(path=3),
+        lambda index: index["convert"][0][0].update(key="../../outside"),
+        lambda index: index["convert"][0][0].update(sha256=None),
+        lambda index: index.update(skipped=[{"path": "x"}]),
+    ],
+)
+def test_an_index_of_other_form_is_refused(project, in_this_process, damage):
+    index = json.loads(project.index.read_text())
+    damage(index)
+    project.index.write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=r"index\.json: missing or damaged; run `dvc repro index`$"):
+        project.run()
+
+
+@pytest.mark.parametrize("name", [3, None, [], "../outside.h5", "a\0.h5", "x" * 300 + ".h5", "\ud800.h5", "..", ""])
+def test_what_an_index_of_features_names_outside_stays(project, in_this_process, name):
+    project.run()
+    (project.out.parent / "outside.h5").touch()
+    (project.out / "index.json").write_text(json.dumps({"tracks": [{"file": name}]}))
+    project.run()
+    assert (project.out.parent / "outside.h5").exists() and len(project.files()) == 4
 
 
 def test_model_whose_sizes_are_not_its_weights_is_refused(tmp_path):

@@ -1,12 +1,10 @@
-"""DVC's other commands on the tiny project: experiments, comparisons, and moving weights."""
+"""DVC's other commands on the tiny project: experiments and comparisons; moving data is in test_remotes.py."""
 
 import json
-import os
 import time
 
-import boto3
 import pytest
-from project import Project, stages_that_ran
+from project import stages_that_ran
 
 AFTER_TRAINING = ["train", "convert", "evaluate", "plot"]
 
@@ -85,40 +83,11 @@ def test_plots_show_curves_and_images_side_by_side(experiments):
         assert (experiments / f"compared/static/{revision}_plots_figures_reconstruction.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_travel_by_the_default_remote(finished_project, tmp_path):
-    project = finished_project.copy(tmp_path / "gae")
-    assert "1 file pushed" in project.run("dvc", "push", "models/gae.safetensors")
-    assert (tmp_path / "gae-storage").is_dir()
-    clone = _clone(project, tmp_path / "clone")
-    assert "1 file fetched" in clone.run("dvc", "pull", "models/gae.safetensors")
-    assert (clone / "models/gae.safetensors").read_bytes() == (project / "models/gae.safetensors").read_bytes()
-
-
 def test_a_clone_that_pulled_everything_has_nothing_to_do(finished_project, tmp_path):
     project = finished_project.copy(tmp_path / "gae")
     project.run("dvc", "push")
-    clone = _clone(project, tmp_path / "clone")
+    clone = project.clone(tmp_path / "clone")
     clone.run("dvc", "pull")
     assert clone.files("features") == project.files("features")
     assert clone.repro()[0] == ["index"]
     assert clone.run("git", "status", "--short") == ""
-
-
-def test_weights_travel_by_s3(finished_project, s3, tmp_path, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-    boto3.client("s3", endpoint_url=s3, region_name="us-east-1").create_bucket(Bucket="weights")
-    project = finished_project.copy(tmp_path / "gae")
-    project.run("dvc", "remote", "modify", "storage", "url", "s3://weights/gae")
-    project.run("dvc", "remote", "modify", "storage", "endpointurl", s3)
-    project.commit()
-    assert "1 file pushed" in project.run("dvc", "push", "models/gae.safetensors")
-    clone = _clone(project, tmp_path / "clone")
-    clone.run("dvc", "pull", "models/gae.safetensors")
-    assert (clone / "models/gae.safetensors").read_bytes() == (project / "models/gae.safetensors").read_bytes()
-
-
-def _clone(project, folder):
-    """A fresh clone, beside the project."""
-    project.run("git", "clone", "--quiet", os.fspath(project.folder), os.fspath(folder))
-    return Project(folder)

@@ -1,4 +1,5 @@
 import os
+import tracemalloc
 from contextlib import chdir
 
 import pytest
@@ -196,6 +197,36 @@ def test_no_list_is_refused(folder, name):
 def test_what_is_no_text_is_refused(read, text):
     with pytest.raises(ListError, match=r"^list\.txt: not UTF-8 text"):
         read(text)
+
+
+@pytest.mark.parametrize("text", ["~\0", "a.wav # \0", "~\0/a.wav"])
+def test_a_zero_byte_anywhere_is_refused(refuse, text):
+    assert "zero byte" in refuse(text)
+
+
+def test_a_list_that_no_file_can_be(folder):
+    with pytest.raises(ListError, match=r"^a\\x00b: no file can be called so"):
+        read_list("a\0b")
+
+
+def test_globs_that_would_never_end(refuse, paths, folder):
+    """Each of these walked the same folders millions of times."""
+    (folder / "/".join("abcdefghijkl")).mkdir(parents=True)
+    (folder / "a/b/c/end.wav").touch()
+    assert "after a wildcard" in refuse("*/../" * 30 + "*.wav")
+    assert "after a wildcard" in refuse("music/[d]eep/..")
+    assert paths("**/" * 30 + "end.wav") == paths("**/end.wav") == [("a/b/c/end.wav",)]
+    assert paths("music/../*/one.wav") == [("music/../music/one.wav",)]
+
+
+def test_a_line_of_number_signs_takes_no_memory(refuse):
+    text = "missing.wav" + " #" * 100_000
+    tracemalloc.start()
+    try:
+        assert "no such file: missing.wav;" in refuse(text)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 pieces = st.sampled_from(

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import signal
@@ -44,6 +45,16 @@ def test_what_writes_nothing_is_an_error(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_disk_that_fails_is_told_of_the_file_that_the_user_knows(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(OSError) as full, replacing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(path)) and names(tmp_path) == []
+    with pytest.raises(FileNotFoundError) as other, replacing(path):
+        (tmp_path / "other").read_bytes()
+    assert other.value.filename == str(tmp_path / "other")
+
+
 def test_what_a_killed_process_left_is_swept(tmp_path):
     path = tmp_path / "folder" / "file"
     program = "import os, signal, sys; from gae.files import replacing\nwith replacing(sys.argv[1]) as partial:\n"
@@ -71,6 +82,19 @@ def test_json_comes_back(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("json") / "value.json"
     write_json(path, value)
     assert read_json(path) == value
+
+
+def test_json_keeps_a_name_that_is_no_utf8(tmp_path):
+    value = {os.fsdecode(b"latin-\xe4.wav"): ["\ud800", "ä"]}
+    write_json(tmp_path / "value.json", value)
+    assert read_json(tmp_path / "value.json") == value
+    assert "ä" in (tmp_path / "value.json").read_text(encoding="utf-8")
+
+
+def test_json_nested_too_deeply_is_damage(tmp_path):
+    (tmp_path / "value.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "value.json")
 
 
 def test_json_does_not_depend_on_the_order_of_keys(tmp_path):

@@ -167,6 +167,19 @@ def test_half_an_entry_of_the_memory_is_not_believed(folder, opened):
     assert look() == before and opened == ["music/a.wav"]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"samples": "x"}, {"sample_rate": 0}, {"channels": None}, {"sha256": 3}, {"sha256": "../x"}, {"error": 3}, {"bytes": -1}],
+)
+def test_an_entry_of_the_memory_that_nobody_found_is_not_believed(folder, opened, damage):
+    before = look()
+    memory = read_json("memory.json")
+    memory["files"]["music/a.wav"].update(damage)
+    write_json("memory.json", memory)
+    opened.clear()
+    assert look() == before and "music/a.wav" in opened
+
+
 @pytest.fixture
 def broken(folder):
     """A text, a file of NaN and one of 10 ms on the lists, among good ones."""

@@ -174,6 +174,16 @@ def test_the_contrast_follows_the_formula(temperature):
     assert made.item() == pytest.approx(info_nce(queries, keys, temperature), abs=1e-4)
 
 
+def test_the_contrasts_derivative_is_that_of_the_formula():
+    sides = [tensor.clone().requires_grad_() for tensor in torch.randn(2, 2, 30, 5, generator=torch.Generator().manual_seed(1))]
+    queries, keys = (side / side.norm(dim=-1, keepdim=True) for side in sides)
+    logits = (queries @ keys.mT / 0.2).exp()
+    own = logits.diagonal(dim1=-2, dim2=-1)
+    formula = -((own / logits.sum(-1)).log() + (own / logits.sum(-2)).log()).mean() / 2
+    for made, expected in zip(torch.autograd.grad(3 * contrast(*sides, 0.2), sides), torch.autograd.grad(3 * formula, sides), strict=True):
+        assert torch.allclose(made, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_groups_are_contrasted_on_their_own():
     groups = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 8, 5))).float()
     expected = np.mean([contrast(groups[0, n], groups[1, n], 0.1).item() for n in range(3)])

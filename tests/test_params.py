@@ -166,6 +166,26 @@ def test_a_yaml_bomb_is_neither_expanded_nor_printed(refuse, section):
     refuse(f"bomb:\n- &a [ha]\n{laughs}{section}\n")
 
 
+@pytest.mark.parametrize("merge", ["<<: [{}]", "<<: [{}]\n  <<: [{}]"])
+def test_sections_that_merge_each_other_are_not_multiplied(refuse, merge):
+    names = "abcdefghijklmnop"
+    sections = "".join(
+        f"{name}: &{name}\n  " + merge.replace("{}", ", ".join([f"*{before}"] * 9)) + "\n"
+        for before, name in zip(names, names[1:], strict=False)
+    )
+    assert "merges more than 1000 keys" in refuse(f"a: &a {{k: 1}}\n{sections}")
+    assert "merges more than 1000 keys" in refuse("a: &a {k: 1}\nb: {<<: [" + ", ".join(["*a"] * 1001) + "]}")
+
+
+def test_a_merged_section_is_read(load):
+    assert load("cqt: &c {fmin: 55.0}\ntrain: {steps: 7}\nmodel: {<<: {n_maps: 3}, context: 5}").model.n_maps == 3
+
+
+@pytest.mark.parametrize("value", ["0x" + "f" * 5000, "1" + ":59" * 4000, "[0x" + "f" * 5000 + "]"])
+def test_a_number_too_long_to_print_is_one_line(refuse, value):
+    assert "an integer of" in refuse("train: {seed: " + value + "}")
+
+
 @pytest.mark.parametrize("text", ["model: &m {n_maps: *m}", "model: &m [*m]", "a: &a {b: *a}", "&a [*a]"])
 def test_what_holds_itself_is_one_line(refuse, text):
     refuse(text)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -80,6 +81,14 @@ def test_an_earlier_content_is_noticed_when_it_comes_back(changed, finished_proj
     project.sing("a", 220)
     assert project.repro("index")[0] == ["index"]
     assert (project / "data/index.json").read_bytes() == index
+
+
+def test_other_weights_take_training_out_of_the_graph(finished_project, tmp_path):
+    project = finished_project.copy(tmp_path / "gae")
+    shutil.copy(project / "models/gae.safetensors", project / "models/mine.safetensors")
+    project.set("convert.weights", "models/mine.safetensors")
+    project.set("train.seed", 2)
+    assert project.repro("plot")[0] == ["index", "convert", "evaluate", "plot"]
 
 
 def test_a_path_that_does_not_exist_stops_the_run_before_any_work(fresh_project, tmp_path):

@@ -70,11 +70,8 @@ def run(tmp_path):
     (tmp_path / "features").mkdir()
     for name in ("song", "Für $Elise$ 楽", "no.dots"):
         features_file(tmp_path / "features" / f"{name}.h5", frames)
-    curves = tmp_path / "training" / "plots" / "metrics" / "train"
-    curves.mkdir(parents=True)
-    (curves / "loss.tsv").write_text("step\tloss\n50\t1.5\n100\t0.5\n")
     (tmp_path / "metrics.json").write_text(json.dumps(metrics()))
-    paths = ("corpus", "shards", "gae.safetensors", "features", "training", "metrics.json", "figures")
+    paths = ("corpus", "shards", "gae.safetensors", "features", "metrics.json", "figures")
     return [tmp_path / name for name in paths]
 
 
@@ -91,7 +88,7 @@ def test_every_picture_is_drawn(run, in_this_process):
     figures = run[-1]
     drawn = {str(path.relative_to(figures)) for path in figures.rglob("*") if path.is_file()}
     tracks = {"tracks/song.png", "tracks/Für $Elise$ 楽.png", "tracks/no.dots.png"}
-    assert drawn == {f"{name}.png" for name in (*NETWORK, "input", "loss", "metrics", "transposition")} | tracks
+    assert drawn == {f"{name}.png" for name in (*NETWORK, "input", "metrics", "transposition")} | tracks
     for name in drawn:
         assert is_a_picture(figures / name, inches=8 if name in tracks else 10)
     assert dict(matplotlib.rcParams) == before
@@ -180,18 +177,9 @@ def test_long_tracks_are_pooled_block_by_block(tmp_path, monkeypatch):
     assert seconds == pytest.approx(5000 * 256 / 8000)
 
 
-def test_curves_are_read_as_dvclive_writes_them(tmp_path):
-    from dvclive import Live
-
-    with Live(tmp_path / "training", dvcyaml=None, report=None, save_dvc_exp=False, monitor_system=False) as live:
-        for step in (50, 100, 150):
-            live.step = step
-            live.log_metric("train/loss", 1 / step)
-            live.log_metric("top1", step / 1000)
-    curves = pictures._curves(tmp_path / "training")
-    assert list(curves) == ["top1", "train/loss"]
-    assert curves["train/loss"][0].tolist() == [50, 100, 150]
-    assert curves["train/loss"][1] == pytest.approx([1 / 50, 1 / 100, 1 / 150])
-    draw_losses(curves, tmp_path / "loss.png", PLOT)
-    assert is_a_picture(tmp_path / "loss.png")
-    draw_losses({}, tmp_path / "none.png", PLOT)
+def test_losses_are_drawn_whatever_was_measured_when(tmp_path):
+    history = [{"step": 1, "loss": 2.0}, {"step": 25, "loss": 1.0, "validation_top1": 0.1}, {"step": 50, "loss": 0.5}]
+    for rows in (history, history[:1]):
+        draw_losses(rows, tmp_path / f"{len(rows)}.png", PLOT)
+        assert is_a_picture(tmp_path / f"{len(rows)}.png")
+    draw_losses([], tmp_path / "none.png", PLOT)

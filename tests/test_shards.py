@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 
 import h5py
@@ -235,6 +236,33 @@ def test_what_breaks_the_contract_is_refused(folder, tracks, damage):
     with h5py.File(folder / "shard-all.h5", "r+") as shard:
         damage(shard, shard[next(iter(tracks))])
     refuse(lambda: Shards(folder), "shard-all.h5")
+
+
+def claim(shard, key, n_frames=1 << 40, **storage):
+    """Replace a track's frames by such as are not there."""
+    del shard[key]["cqt"]
+    shard[key].create_dataset("cqt", (n_frames, CQT.n_bins), **{"dtype": "float32", "chunks": (256, CQT.n_bins), **storage})
+    shard[key].attrs["n_frames"] = n_frames
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        claim,
+        lambda shard, key: claim(shard, key, 1 << 20, chunks=(1 << 20, CQT.n_bins)),
+        lambda shard, key: claim(shard, key, 256, compression="gzip", data=np.zeros((256, CQT.n_bins))),
+        lambda shard, key: claim(shard, key, 256, dtype="float64", data=np.zeros((256, CQT.n_bins))),
+        lambda shard, key: claim(shard, key, 4, chunks=None, data=np.zeros((4, CQT.n_bins))),
+        lambda shard, key: shard.__setitem__("f" * 32, h5py.ExternalLink("other.h5", key)),
+        lambda shard, key: (shard[key].pop("cqt"), shard[key].__setitem__("cqt", h5py.ExternalLink("other.h5", f"{key}/cqt"))),
+    ],
+)
+def test_frames_that_are_not_stored_in_the_shard_are_refused(folder, tracks, damage):
+    """A few kilobytes that claim terabytes, and frames of other files."""
+    shutil.copy(folder / "shard-all.h5", folder / "other.h5")
+    with h5py.File(folder / "shard-all.h5", "r+") as shard:
+        damage(shard, next(iter(tracks)))
+    refuse(lambda: Shards(folder), "shard-all.h5", "not stored whole")
 
 
 def test_shards_of_different_parameters_are_refused(folder, tracks):

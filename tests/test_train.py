@@ -46,6 +46,7 @@ def shards(tmp_path_factory):
 def quiet(monkeypatch):
     """Drawings are files of their step, and pauses that validate are many."""
     monkeypatch.setattr(module.plot, "draw_network", draw_nothing)
+    monkeypatch.setattr(module.plot, "draw_losses", lambda history, path: None)
     monkeypatch.setattr(module, "VALIDATION_STEPS", 50)
     monkeypatch.setattr(module, "_VALIDATION_FRAMES", 100)
 
@@ -229,7 +230,16 @@ def test_changed_data_start_afresh(shards, tmp_path, quiet, crash, change):
     assert done[0] == 0
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: content.replace(b'"gae"', b'"goe"')])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-9],
+        lambda content: content.replace(b'"gae"', b'"goe"'),
+        lambda content: content.replace(b'"model.filters_x"', b'"model.filters_z"'),
+        lambda content: content.replace(b'\\"step\\"', b'\\"stop\\"'),
+        lambda content: content[:-1] + bytes([content[-1] ^ 64]),
+    ],
+)
 def test_a_damaged_checkpoint_costs_a_fresh_start(shards, tmp_path, quiet, crash, damage):
     crash(None)
     unbroken = learn(recipe(), shards, tmp_path / "unbroken")
@@ -560,6 +570,22 @@ def test_killed_processes_end_where_an_unbroken_one_ends(shards, tmp_path, proce
     assert final.exitcode == 0
     assert outcome(killed) == outcome(tmp_path / "unbroken")
     assert not (killed / "checkpoints").exists() and not list(killed.rglob(".*"))
+
+
+def test_a_second_run_beside_the_first_is_refused(shards, tmp_path, processes):
+    settings = few_drawings(recipe(steps=300))
+    first = processes(settings, shards, tmp_path)
+    while saves(tmp_path) is None and first.is_alive():
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        second = subprocess.run(command(settings, shards, tmp_path), env=ENVIRONMENT, capture_output=True, text=True)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    first.join()
+    assert first.exitcode == 0
+    assert second.returncode == 1 and second.stderr.count("\n") == 1
+    assert second.stderr.startswith(f"train.py: error: {tmp_path / 'checkpoints'}: another run")
 
 
 def command(settings, shards, folder, launcher=(sys.executable,)):

@@ -1,0 +1,68 @@
+"""Files of somebody else's give a result or one line; `benchmarks/fuzz.py` tries the same for longer."""
+
+import os
+from pathlib import Path
+
+import pytest
+import strangers
+from hypothesis import HealthCheck, given, settings
+
+from gae.errors import FormatError
+
+
+@pytest.mark.parametrize("target", strangers.TARGETS, ids=lambda target: target.name)
+def test_a_file_of_somebody_else_gives_a_result_or_one_line(target, tmp_path):
+    with strangers.furnished(target, tmp_path):
+        seeds = target.seeds()
+        assert strangers.outcome(target, seeds[0]) == "accepted"
+        assert {strangers.outcome(target, seed) for seed in seeds} <= {"accepted", "refused"}
+
+        @settings(suppress_health_check=list(HealthCheck))
+        @given(target.files())
+        def attempt(data):
+            assert strangers.outcome(target, data) in ("accepted", "refused")
+
+        attempt()
+
+
+def refuse(message):
+    raise FormatError(message)
+
+
+def grow():
+    assert len(b"x" * (strangers.MEMORY + (50 << 20)))
+
+
+def loop():
+    while True:
+        pass
+
+
+def loop_in_an_except():
+    try:
+        loop()
+    except Exception:
+        refuse("stranger: damaged")
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (lambda: None, "accepted"),
+        (lambda: refuse("stranger: damaged"), "refused"),
+        (lambda: refuse("damaged"), "refused without the file's name"),
+        (lambda: 1 / 0, "ZeroDivisionError at test_fuzz.py"),
+        (loop, "Slow at test_fuzz.py"),
+        (loop_in_an_except, "Slow at test_fuzz.py"),
+        (grow, "took "),
+        (lambda: Path("new").touch(), "changed"),
+        (lambda: Path("../new").touch(), "changed"),
+        (lambda: os.unlink("stranger"), "changed"),
+        (lambda: Path("out/new").touch(), "accepted"),
+    ],
+)
+def test_what_should_never_happen_is_seen(tmp_path, monkeypatch, read, said):
+    monkeypatch.setattr(strangers, "SECONDS", 0.2)
+    target = strangers.Target("test", "stranger", lambda path: read(), None, None)
+    with strangers.furnished(target, tmp_path):
+        assert strangers.outcome(target, b"any bytes").startswith(said)
