@@ -58,7 +58,7 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     convert = commands.add_parser("convert", help="audio files to features", description="Convert audio files to features.")
-    convert.add_argument("audio", nargs="+", metavar="AUDIO", help="wav, flac, ogg, mp3, aiff, ...; any sample rate and channels")
+    convert.add_argument("audio", nargs="+", metavar="AUDIO", help="path or URL: wav, flac, ogg, mp3, ...; any sample rate and channels")
     convert.add_argument("--out", required=True, metavar="PATH", help="feature file: .h5, .npz, or .csv for Sonic Visualiser; or a folder")
     convert.add_argument("--weights", metavar="FILE", help="model file, .safetensors (default: the shipped weights)")
     convert.add_argument("--format", default=".h5", choices=SUFFIXES, help="of the files in a folder (default: %(default)s)")

@@ -118,7 +118,8 @@ def _look(paths, remembered, compute):
     for where, some in by_place(fresh, compute):
         examined |= zip(some, map_tracks(examine, some, where, "index"), strict=True)
     found = {path: {**examined[path], "stamp": stamps[path]} if path in examined else known[path] for path in paths}
-    write_json(remembered, {"version": _VERSION, "files": found})
+    opened = {path: finding for path, finding in found.items() if finding.get("sha256")}  # neither size nor time tell of permissions
+    write_json(remembered, {"version": _VERSION, "files": opened})
     return found
 
 

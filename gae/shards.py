@@ -23,7 +23,7 @@ from gae import hdf5
 from gae.errors import FormatError
 from gae.files import read_json, replacing, write_json
 from gae.params import Cqt
-from gae.storage import fetched, is_url
+from gae.storage import all_fetched
 
 SCHEMA = 1
 _CHUNK = 256  # frames in one HDF5 chunk: about what training reads at a time
@@ -287,20 +287,14 @@ def _holds(file, wanted, cqt):
 
 
 def _write_shard(file, tracks, cqt):
-    with writing(file, cqt) as shard, closing(_Opened()) as opened:
-        for track in tracks:
-            with _at_hand(track) as here:
-                # not HDF5's own copy, whose bytes remember how often a track was copied
-                frames = opened.file(here.file)[here.key]["cqt"]
-                blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
-                add_track(shard, here.key, blocks, cqt.n_bins, here.dtype, path=here.path, duration=here.duration, peak=here.peak)
-
-
-@contextmanager
-def _at_hand(track):
-    """Yield a track whose file is of this machine. Only then is everything known of one that waits at a URL."""
-    with fetched(track.file) as file:
-        yield replace(read_shard(file)[1][track.key], path=track.path) if is_url(track.file) else track
+    with all_fetched([track.file for track in tracks]) as sources, writing(file, cqt) as shard, closing(_Opened()) as opened:
+        for track, source in zip(tracks, sources, strict=True):
+            if source != track.file:  # only now is all known of it
+                track = replace(read_shard(source)[1][track.key], path=track.path)
+            # not HDF5's own copy, whose bytes remember how often a track was copied
+            frames = opened.file(track.file)[track.key]["cqt"]
+            blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
+            add_track(shard, track.key, blocks, cqt.n_bins, track.dtype, path=track.path, duration=track.duration, peak=track.peak)
 
 
 def _read_track(file, key, group, cqt):

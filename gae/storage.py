@@ -93,17 +93,28 @@ def fetched(path):
     StorageError
         If the storage does not answer, or not to us.
     """
-    if not is_url(path):
-        yield path
+    with all_fetched([path]) as (file,):
+        yield file
+
+
+@contextmanager
+def all_fetched(paths):
+    """Yield the paths of this machine that hold some files, in their order: as `fetched`, many at a time."""
+    urls = [path for path in paths if is_url(path)]
+    if not urls:
+        yield paths
         return
     with tempfile.TemporaryDirectory(prefix="gae-") as folder:
-        copy = os.path.join(folder, "fetched" + named(path).suffix)
-        with _reached(path, missing=AudioError) as files:
-            files.get_file(path, copy)
+        copies = {url: os.path.join(folder, f"{n}{named(url).suffix}") for n, url in enumerate(urls)}
+        with _reached(urls[0] if len(copies) == 1 else os.path.dirname(urls[0]), missing=AudioError) as files:
+            files.get(list(copies), list(copies.values()))
         try:
-            yield copy
+            yield [copies.get(path, path) for path in paths]
         except GaeError as error:
-            raise type(error)(str(error).replace(copy, path)) from None
+            message = str(error)
+            for url, copy in copies.items():
+                message = message.replace(copy, url)
+            raise type(error)(message) from None
 
 
 @contextmanager

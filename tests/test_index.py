@@ -13,6 +13,7 @@ from gae.errors import AudioError, ListError
 from gae.files import read_json, write_json
 from gae.index import index
 
+hash_of = module.content_hash
 CQT = {"sample_rate": 8000, "hop_length": 256, "fmin": 110.0, "n_bins": 36, "bins_per_octave": 12}
 
 
@@ -221,6 +222,20 @@ def test_mended_audio_is_taken(broken, opened):
     soundfile.write("music/text.wav", tiny.tone(1, 8000), 8000)
     found = look()
     assert found["train"][0][0]["path"] == "music/text.wav" and found["convert"][1][0]["path"] == "music/text.wav"
+
+
+def test_what_could_not_be_opened_is_tried_again(folder, opened, monkeypatch):
+    before = look()
+    os.unlink("memory.json")
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(module, "content_hash", lambda path: closed(path) if path == "music/a.wav" else hash_of(path))
+        assert look()["skipped"][0]["reason"] == "music/a.wav: Permission denied; check its permissions"
+    opened.clear()
+    assert look() == before and opened == ["music/a.wav"]
 
 
 def test_bad_audio_stops_the_run_where_asked(broken, opened):

@@ -1,9 +1,11 @@
 """Audio and computed frames at URLs: the same results as with files, and every mishap one line that names the URL."""
 
 import os
+import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
@@ -261,10 +263,10 @@ def test_frames_of_urls_are_those_of_files(both_lists, inline):
 
 def test_what_waits_is_fetched_once(both_lists, inline, monkeypatch):
     fetched = []
-    one = storage.fetched
-    monkeypatch.setattr("gae.shards.fetched", lambda path: fetched.append(str(path)) or one(path))
+    all_fetched = storage.all_fetched
+    monkeypatch.setattr("gae.shards.all_fetched", lambda paths: fetched.extend(filter(storage.is_url, paths)) or all_fetched(paths))
     run("memory://bucket/staging")
-    assert len([path for path in fetched if storage.is_url(path)]) == len({path for path in fetched if storage.is_url(path)}) == 3
+    assert len(fetched) == len(set(fetched)) == 3
 
 
 def test_a_run_that_was_killed_goes_on_with_what_waits(both_lists, inline, monkeypatch):
@@ -421,19 +423,23 @@ def listed(folder):
     lists([*names[:6], "\t".join(names[6:8])], names[7:])
 
 
+@contextmanager
 def killing(worker, waiting):
-    """Kill a worker once three tracks wait; gives how many waited then."""
-    seen = []
+    """Stop a worker in the middle of its work, and kill it when three tracks of the ten wait."""
 
     def watch():
-        while len(found := waiting()) < 3 and worker.poll() is None:
-            time.sleep(0.01)
-        worker.kill()
-        seen.append(len(found))
+        for signal_, least in ((signal.SIGSTOP, 1), (signal.SIGKILL, 3)):
+            while len(waiting()) < least and worker.poll() is None:
+                time.sleep(0.01)
+            worker.send_signal(signal_)
+        found.extend(waiting())
 
-    thread = threading.Thread(target=watch)
+    found = []
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    return thread, seen
+    yield
+    thread.join()
+    assert worker.wait(timeout=10) == -signal.SIGKILL and 3 <= len(found) < len(TRACKS)
 
 
 def test_a_bucket_gives_what_files_give(bucket):
@@ -449,10 +455,8 @@ def test_a_cluster_that_shares_a_bucket_and_loses_a_worker_gives_the_same_bytes(
     listed("s3://audio")
     near = run("staging", "near")
     os.unlink("memory.json")
-    killer, waited = killing(workers[0], lambda: keys(bucket, "staging"))
-    far = run("s3://audio/staging", "far", scheduler=address)
-    killer.join()
-    assert workers[0].wait(timeout=10) == -9 and 3 <= waited[0] < len(TRACKS)
+    with killing(workers[0], lambda: keys(bucket, "staging")):
+        far = run("s3://audio/staging", "far", scheduler=address)
     assert far == near and keys(bucket, "staging") == []
 
 
@@ -462,14 +466,23 @@ def test_a_cluster_that_shares_files_and_loses_a_worker_gives_the_same_bytes(clu
     listed("music")
     near = run("staging", "near")
     os.unlink("memory.json")
-    killer, waited = killing(workers[0], lambda: list(Path("staging").glob("*/*.h5")))
-    far = run("staging", "far", scheduler=address)
-    killer.join()
-    assert workers[0].wait(timeout=10) == -9 and 3 <= waited[0] < len(TRACKS)
+    with killing(workers[0], lambda: list(Path("staging").glob("*/[0-9a-f]*.h5"))):
+        far = run("staging", "far", scheduler=address)
     assert far == near and not Path("staging").exists()
 
 
-def test_a_bucket_that_refuses_or_is_not_there_is_one_line(bucket, monkeypatch):
+def test_a_bucket_is_listed(bucket):
+    lists(["s3://audio/t[2-4].wav", "s3://audio/**/t9.wav"], [])
+    assert [line.paths[0] for line in read_list("train.txt")] == [f"s3://audio/t{number}.wav" for number in (2, 3, 4, 9)]
+    stamp = storage.stamp("s3://audio/t2.wav")
+    bucket.upload_file("music/t3.wav", "audio", "t2.wav")
+    assert storage.stamp("s3://audio/t2.wav") != stamp  # of one size
+    lists(["s3://audio"], [])
+    with pytest.raises(ListError, match=r"^train\.txt, line 1: s3://audio is a folder; write s3://audio/\*"):
+        read_list("train.txt")
+
+
+def test_a_bucket_that_is_not_there_is_one_line(bucket):
     lists(["s3://audio/t0.wav", "s3://nowhere/t0.wav"], [])
     with pytest.raises(ListError, match=r"^train\.txt, line 2: no such file: s3://nowhere/t0\.wav"):
         read_list("train.txt")
