@@ -27,9 +27,10 @@ def write_music(folder, count, seconds, sample_rate, suffix, channels=1):
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(count):
-        minute = tones(60, sample_rate, number)
-        samples = np.tile(minute, int(np.ceil(seconds / 60)))[: int(seconds * sample_rate)]
+        minute = np.repeat(tones(60, sample_rate, number)[:, None], channels, axis=1)
         path = folder / f"{number:04d}.{suffix}"
-        soundfile.write(path, np.stack([samples] * channels, axis=1) if channels > 1 else samples, sample_rate)
+        with soundfile.SoundFile(path, "w", sample_rate, channels) as file:
+            for second in range(round(seconds)):  # libsndfile's Vorbis encoder can't take a whole recording at once
+                file.write(minute[second % 60 * sample_rate :][:sample_rate])
         paths.append(path)
     return paths
