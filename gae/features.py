@@ -368,7 +368,7 @@ def _header(file, path):
     values, times = _plain(file, "values", path), _plain(file, "times", path)
     texts = [file.attrs[name] for name in ("source", "source_sha256", "model_sha256")]
     fits = values.ndim == 2 and values.dtype in ("float16", "float32") and times.shape == values.shape[:1] and times.dtype == "float64"
-    if not fits or not all(isinstance(text, str) for text in texts):
+    if not fits or not all(isinstance(text, str) and text == _text(text) for text in texts):
         raise FormatError(f"{path}: damaged (values {values.shape}, times {times.shape}); {_REMEDY}")
     cqt = Cqt.model_validate(json.loads(file.attrs["cqt"]))
     return Header(*values.shape, values.dtype.name, Origin(cqt, *texts))

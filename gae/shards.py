@@ -304,7 +304,9 @@ def _read_track(file, key, group, cqt):
         raise FormatError(f"{file}: track {key} has {dataset.shape} frames, not ({n_frames}, {cqt.n_bins}); {_REMEDY}")
     if dataset.file.filename != str(file) or not _stored(dataset, file):
         raise FormatError(f"{file}: track {key} is not stored whole in it; {_REMEDY}")
-    return Track(key, Path(file), str(about["path"]), n_frames, float(about["duration"]), float(about["peak"]), str(dataset.dtype))
+    path = str(about["path"])
+    path.encode()  # a ValueError where it is no UTF-8
+    return Track(key, Path(file), path, n_frames, float(about["duration"]), float(about["peak"]), str(dataset.dtype))
 
 
 def _stored(dataset, file):

@@ -230,6 +230,8 @@ def link(file, to):
         lambda file: file.attrs.__setitem__("cqt", "{"),
         lambda file: file.attrs.__setitem__("cqt", json.dumps({"hop": 1})),
         lambda file: file.attrs.__setitem__("source", 3),
+        lambda file: file.attrs.__setitem__("source", b"latin-\xe4.wav"),
+        lambda file: file.attrs.__setitem__("model_sha256", b"\xff" * 64),
         lambda file: file.attrs.__setitem__("schema", np.ones(4)),
         lambda file: file.__delitem__("times"),
         lambda file: damage(file, "times", data=np.arange(39.0)),
