@@ -77,7 +77,7 @@ class _Part(BaseModel):
 
 
 class _File(_Part):
-    path: str
+    path: str = Field(min_length=1)
     key: str = Field(pattern="^[0-9a-f]{32}$")  # becomes the name of a file
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     seconds: float

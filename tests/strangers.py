@@ -751,7 +751,8 @@ def _convert_again(path):
 def _furnish_memory():
     soundfile.write("a.wav", tiny.tone(0.2, 8000), 8000)
     os.utime("a.wav", ns=(0, 0))
-    Path("list.txt").write_text("a.wav\n")
+    soundfile.write("b.wav", tiny.tone(0.2, 8000), 8000)
+    Path("list.txt").write_text("a.wav\nb.wav\n")  # of b nothing is remembered
 
 
 def _memory_seed():

@@ -175,6 +175,7 @@ def test_damaged_inputs_are_named(project, in_this_process):
         lambda index: index.update(convert=[3]),
         lambda index: index["convert"][0][0].pop("sha256"),
         lambda index: index["convert"][0][0].update(path=3),
+        lambda index: index["convert"][0][0].update(path="\ud800"),
         lambda index: index["convert"][0][0].update(key="../../outside"),
         lambda index: index["convert"][0][0].update(sha256=None),
         lambda index: index.update(skipped=[{"path": "x"}]),
