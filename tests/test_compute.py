@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import dask
 import pytest
 
 from gae.compute import executor, map_tracks
@@ -59,3 +60,25 @@ def test_a_killed_process_is_one_line():
         map_tracks(die, [1, 2], Compute(workers=2), "local")
     with pytest.raises(GaeError, match="a worker process was killed"), executor(Compute(workers=1)) as pool:
         pool.submit(die, 1).result()
+
+
+def test_a_cluster_of_this_machine_gives_what_processes_give(tmp_path):
+    reports = map_tracks(slow_copy, [1, 2, 3], Compute(cluster="local", workers=2), "local", (str(tmp_path),))
+    assert [item for item, _ in reports] == [1, 2, 3] and os.getpid() not in {pid for _, pid in reports}
+
+
+def test_a_cluster_is_started_through_slurm(tmp_path, monkeypatch):
+    """SLURM's commands are played: a job runs here, in a session of its own."""
+    jobs = tmp_path / "jobs"
+    # the script of a job is gone as soon as it is submitted
+    submit = f'job=$(mktemp -p {tmp_path}); cp "$1" $job; setsid sh $job > $job.out 2>&1 & echo $! | tee -a {jobs}'
+    for name, script in {"sbatch": submit, "scancel": 'kill -- "-$1"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    slurm = {"cores": 1, "memory": "1GB", "processes": 1, "local-directory": str(tmp_path), "log-directory": str(tmp_path)}
+    with dask.config.set({f"jobqueue.slurm.{key}": value for key, value in slurm.items()}):
+        reports = map_tracks(slow_copy, [1, 2, 3], Compute(cluster="slurm", workers=2), "slurm", (str(tmp_path),))
+    assert [item for item, _ in reports] == [1, 2, 3] and os.getpid() not in {pid for _, pid in reports}
+    assert len(jobs.read_text().split()) == 2

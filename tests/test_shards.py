@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gae import shards
 from gae.errors import FormatError
 from gae.files import read_json, write_json
-from gae.shards import Shards, read_blocks, read_shard, write_folder
+from gae.shards import Shards, read_blocks, write_folder
 
 CQT = tiny.CQT
 
