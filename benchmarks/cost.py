@@ -41,7 +41,8 @@ def measure(minutes, folder):
         key = found[-1]["sha256"][:32]
         file = {"path": str(path), "key": key, "sha256": found[-1]["sha256"], "seconds": 180.0}
         seconds["preprocess"] += timed(lambda file=file: compute_track(file, values.cqt, values.data.dtype, folder / "frames"))
-        job = {"source": str(path), "sha256": file["sha256"], "key": key, "shard": str(folder / f"frames/{key}.h5"), "file": f"{key}.h5"}
+        job = {"source": str(path), "sha256": file["sha256"], "file": f"{key}.h5"}
+        job |= {"key": key, "shard": str(folder / f"frames/{key}.h5"), "n_frames": 0}
         seconds["convert"] += timed(
             lambda job=job: convert_track(job, str(WEIGHTS), model.sha256, str(folder / "features"), values.convert.dtype)
         )

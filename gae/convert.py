@@ -144,15 +144,18 @@ def convert_list(shards, index_file, weights, out, params):
         frames = {path: folder.tracks[file["key"]] for path, file in listed.items() if file["key"] in folder.tracks}
     names = feature_names(frames)
     jobs = [
-        {"source": path, "sha256": listed[path]["sha256"], "key": track.key, "shard": str(track.file), "file": f"{names[path]}.h5"}
+        {
+            "source": path, "sha256": listed[path]["sha256"], "file": f"{names[path]}.h5",
+            "key": track.key, "shard": str(track.file), "n_frames": track.n_frames,
+        }
         for path, track in frames.items()
-    ]
+    ]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     arguments = (str(weights), model.sha256, str(out), params.convert.dtype)
-    counts = map_tracks(convert_track, jobs, beside_files(params.compute), "convert", arguments)
+    map_tracks(convert_track, jobs, beside_files(params.compute), "convert", arguments)
     sweep(out)  # not before: the workers of a run that was killed a moment ago may still have been writing
     _forget(out, {job["file"] for job in jobs})
-    tracks = [{"path": job["source"], "file": job["file"], "key": job["key"], "n_frames": n} for job, n in zip(jobs, counts, strict=True)]
+    tracks = [{"path": job["source"], **{name: job[name] for name in ("file", "key", "n_frames")}} for job in jobs]
     skipped = _skipped(index, listed.keys() - frames.keys(), params.data.convert_list)
     write_json(out / "index.json", {"schema": SCHEMA, "model_sha256": model.sha256, "tracks": tracks, "skipped": skipped})
 
@@ -163,7 +166,7 @@ def convert_track(job, weights, model_sha256, out, dtype):
     Parameters
     ----------
     job : dict
-        source and sha256 of the audio; shard and key of its frames; file to write in `out`.
+        source and sha256 of the audio; shard, key and n_frames of its frames; file to write in `out`.
     weights : str
         Model file.
     model_sha256 : str
@@ -171,18 +174,12 @@ def convert_track(job, weights, model_sha256, out, dtype):
     out : str
         Folder.
     dtype : {"float32", "float16"}
-
-    Returns
-    -------
-    int
-        Number of frames.
     """
     model, file = _remembered(weights, model_sha256), Path(out) / job["file"]
     origin = Origin(model.cqt, job["source"], job["sha256"], model_sha256)
-    n_frames, blocks = read_blocks(job["shard"], job["key"])
-    if not _holds(file, n_frames, origin, dtype):
+    if not _holds(file, job["n_frames"], origin, dtype):
+        n_frames, blocks = read_blocks(job["shard"], job["key"])
         write(file, extract_blocks(blocks, model), (n_frames, model.sizes.n_maps), origin, dtype)
-    return n_frames
 
 
 def feature_names(paths):

@@ -196,7 +196,7 @@ def writing(file, cqt, durable=True):
     """Yield an open HDF5 file that becomes the shard `file` when the block ends well."""
     with replacing(file, durable) as partial, hdf5.create(partial) as shard:
         shard.attrs["schema"] = SCHEMA
-        shard.attrs["cqt"] = json.dumps(cqt.model_dump(), sort_keys=True)
+        shard.attrs["cqt"] = _text(cqt)
         yield shard
 
 
@@ -250,7 +250,8 @@ def write_folder(folder, lines, sources, cqt, shard_bytes):
     tracks = {key: replace(found[key], path=path) for key, path in paths.items()}
     plan = _plan(tracks, shard_bytes, cqt)
     for name, wanted in plan.items():
-        if not _holds(folder / name, wanted, cqt):
+        found_there = all(found[track.key] == replace(track, file=folder / name) for track in wanted)
+        if not (found_there and _holds_just(folder / name, len(wanted), cqt)) and not _holds(folder / name, wanted, cqt):
             _write_shard(folder / name, wanted, cqt)
     for file in folder.glob("shard-*.h5"):
         if file.name not in plan:
@@ -286,6 +287,12 @@ def _holds(file, wanted, cqt):
     return made_with == cqt and list(tracks.values()) == [replace(track, file=file) for track in wanted]
 
 
+def _holds_just(file, count, cqt):
+    """The same where these tracks were found in it, as many as are wanted: a look at each would take long."""
+    with h5py.File(file, "r") as shard:
+        return len(shard) == count and shard.attrs["cqt"] == _text(cqt)
+
+
 def _write_shard(file, tracks, cqt):
     with all_fetched([track.file for track in tracks]) as sources, writing(file, cqt) as shard, closing(_Opened()) as opened:
         for track, source in zip(tracks, sources, strict=True):
@@ -315,6 +322,10 @@ def _stored(dataset, file):
     held = -(-len(dataset) // _CHUNK) * np.prod(chunk) * dataset.dtype.itemsize
     plain = dataset.dtype in ("float16", "float32") and dataset.chunks == chunk and not dataset.id.get_create_plist().get_nfilters()
     return plain and dataset.id.get_storage_size() == held <= os.path.getsize(file)
+
+
+def _text(cqt):
+    return json.dumps(cqt.model_dump(), sort_keys=True)
 
 
 def _one_line(error):

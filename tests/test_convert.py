@@ -207,7 +207,8 @@ def test_model_whose_sizes_are_not_its_weights_is_refused(tmp_path):
 
 
 def test_model_that_changes_meanwhile_is_refused(project, tmp_path, weights):
-    job = {"source": "a.wav", "sha256": "0" * 64, "key": f"{1:032x}", "shard": str(next(project.shards.glob("*.h5"))), "file": "a.h5"}
+    shard = str(next(project.shards.glob("*.h5")))
+    job = {"source": "a.wav", "sha256": "0" * 64, "file": "a.h5", "key": f"{1:032x}", "shard": shard, "n_frames": 40}
     with pytest.raises(FormatError, match="changed while it was used"):
         convert_track(job, str(weights), "0" * 64, str(tmp_path), "float32")
     assert not (tmp_path / "a.h5").exists()
