@@ -427,6 +427,7 @@ def truncated(pattern, maker, readers, around):
         around.prepare()
     else:
         around.prepare(reader, stale=False)
+        pattern = pattern.replace("shards/*", f"shards/{reader}")  # each reads the shards of its own list
     command = around.rng.choice([[f"stages/{reader}.py"], around.repro(reader)])
     file = around.rng.choice(sorted(around.project.folder.glob(pattern)))
     _truncate(file, around.rng)
