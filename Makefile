@@ -16,7 +16,7 @@ repro: $(VENV)/installed
 	@echo "metrics    metrics.json and models/metrics.json, above"
 
 test: $(VENV)/installed
-	@$(ACTIVATE) python -m pytest --numprocesses 2 --dist loadfile
+	@$(ACTIVATE) python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	@$(ACTIVATE) ruff check . && ruff format --check .

@@ -14,6 +14,15 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+LONGEST = ["train", "pipeline", "storage", "remotes", "corpus", "dvc_commands", "faults", "fuzz", "evaluate"]
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first: at the end one worker would be at them while the others have nothing left."""
+    order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="session")
 def fresh_project(tmp_path_factory):
     """A tiny project in which nothing has run. Not to be changed: `copy` it."""
