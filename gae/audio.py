@@ -96,7 +96,7 @@ def mono(samples):
     if samples.ndim == 1:
         return samples
     channels = samples.shape[1]
-    return samples @ np.full(channels, 1 / channels, np.float32)  # thirty times as fast as their mean
+    return samples @ np.full(channels, 1 / channels, np.float32)  # NumPy's mean over so short an axis takes far longer
 
 
 def resample(samples, orig_rate, sample_rate):

@@ -239,7 +239,7 @@ _remembered = lru_cache(maxsize=1)(_mapping)
 def _correlation(filters):
     """The function that correlates frames (n + length - 1, n_bins) with filters (n_filters, length, n_bins): (n, n_filters).
 
-    In the frequency domain, over windows that overlap by what wraps around (overlap-save): a sixth of the work of the
+    In the frequency domain, over windows that overlap by what wraps around (overlap-save): far less work than the
     product with every context written out.
     """
     length, n_bins = filters.shape[1:]
