@@ -22,9 +22,9 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    x1, x2 : ndarray of float32, shape (n_excerpts, block + context - 1, n_bins)
+    x1, x2 : ndarray of float16 or float32, shape (n_excerpts, block + context - 1, n_bins)
         Context with dropout.
-    y1, y2 : ndarray of float32, shape (n_excerpts, ceil(block / stride), n_bins)
+    y1, y2 : ndarray of float16 or float32, shape (n_excerpts, ceil(block / stride), n_bins)
         Every `stride`-th frame of the block: y[i] goes with x[i * stride : i * stride + context].
     """
 
@@ -57,7 +57,10 @@ class Excerpts:
             raise TrainingError(f"train.batch ({train.batch}) must be a multiple of the number of processes ({world})")
         self.own = range(rank, train.batch, world)
         self._until = np.cumsum([_common_length(line) for line in self.lines])
-        n_chunks = max(16, _CACHE_BYTES // (_CHUNK * shards.cqt.n_bins * 4))
+        # as they are stored, for less to copy, unless dropout scales them
+        stored = {track.dtype for track in shards.tracks.values()}
+        self.dtype = np.dtype(np.float16 if stored == {"float16"} and not train.dropout else np.float32)
+        n_chunks = max(16, _CACHE_BYTES // (_CHUNK * shards.cqt.n_bins * self.dtype.itemsize))
         self._chunk = lru_cache(n_chunks)(self._read_chunk)
 
     def batches(self, first, last):
@@ -74,47 +77,50 @@ class Excerpts:
         # numbers from train.batch on are no excerpt's: what is drawn for all must not depend on one
         common = np.random.default_rng([self.train.seed, step, self.train.batch])
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
-        pairs = [self._pair(np.random.default_rng([self.train.seed, step, n]), shift) for n in self.own]
-        return Batch(*(np.stack(arrays) for arrays in zip(*pairs, strict=True)))
+        sides = np.zeros((2, len(self.own), self.length, self.shards.cqt.n_bins), self.dtype)
+        masks = np.zeros_like(sides[:, :, :-1]) if self.train.dropout else (1, 1)
+        for place, n in enumerate(self.own):
+            rng = np.random.default_rng([self.train.seed, step, n])
+            shifts = self._draw(rng, shift, sides[:, place])
+            if self.train.dropout:
+                self._mask(rng, shifts, masks[:, place])
+        x1, x2 = (side[:, :-1] * mask if self.train.dropout else side[:, :-1] for side, mask in zip(sides, masks, strict=True))
+        y1, y2 = sides[:, :, self.context :: self.train.stride]
+        return Batch(x1, y1, x2, y2)
 
-    def _pair(self, rng, common_shift):
-        """x1, y1, x2, y2 of one excerpt."""
+    def _draw(self, rng, common_shift, sides):
+        """Put an excerpt's two sides (2, length, n_bins) into `sides`, which is zero; the shifts of both."""
         train = self.train
         line = self.lines[int(np.searchsorted(self._until, rng.integers(self._until[-1]), side="right"))]
         start = int(rng.integers(_common_length(line) - self.length + 1))
-        view_1 = view_2 = int(rng.integers(len(line)))
+        views = [int(rng.integers(len(line)))] * 2
         if train.objective == "reconstruction":
-            shift_1, shift_2 = 0, common_shift
+            shifts = [0, common_shift]
         else:
-            shift_1, shift_2 = rng.integers(-train.shift, train.shift + 1, size=2)
+            shifts = rng.integers(-train.shift, train.shift + 1, size=2).tolist()
             if len(line) > 1 and rng.random() < train.view_share:
-                view_2 = (view_1 + int(rng.integers(1, len(line)))) % len(line)
-        mask_1 = self._mask(rng)
-        # the original transposes what was dropped along with the rest
-        mask_2 = transpose(mask_1, shift_2) if train.objective == "reconstruction" else self._mask(rng)
-        side_1 = transpose(self._frames(line[view_1], start), int(shift_1))
-        side_2 = transpose(self._frames(line[view_2], start), int(shift_2))
-        return *self._split(side_1, mask_1), *self._split(side_2, mask_2)
+                views[1] = (views[0] + int(rng.integers(1, len(line)))) % len(line)
+        for side, view, shift in zip(sides, views, shifts, strict=True):
+            self._read(line[view].key, start, shift, side)
+        return shifts
 
-    def _split(self, frames, mask):
-        return frames[:-1] * mask if self.train.dropout else frames[:-1], frames[self.context :: self.train.stride]
+    def _mask(self, rng, shifts, masks):
+        """Put inverted dropout into `masks` (2, length - 1, n_bins): zeros, and 1 / (1 - dropout) elsewhere."""
+        for number, mask in enumerate(masks):
+            if number and self.train.objective == "reconstruction":
+                transpose(masks[0], shifts[1], out=mask)  # the original transposes what was dropped along with the rest
+            else:
+                mask[:] = (rng.random(mask.shape, dtype=np.float32) >= self.train.dropout) / (1 - self.train.dropout)
 
-    def _mask(self, rng):
-        """Inverted dropout: zeros, and 1 / (1 - dropout) elsewhere."""
-        if not self.train.dropout:
-            return np.ones((1, self.shards.cqt.n_bins), np.float32)
-        shape = (self.length - 1, self.shards.cqt.n_bins)
-        kept = rng.random(shape, dtype=np.float32) >= self.train.dropout
-        return kept * np.float32(1 / (1 - self.train.dropout))
-
-    def _frames(self, track, start):
-        first, last = start // _CHUNK, (start + self.length - 1) // _CHUNK
-        chunks = [self._chunk(track.key, number) for number in range(first, last + 1)]
-        frames = np.concatenate(chunks) if len(chunks) > 1 else chunks[0]
-        return frames[start - first * _CHUNK :][: self.length]
+    def _read(self, key, start, shift, out):
+        """Put the frames of an excerpt, transposed, into `out` (length, n_bins)."""
+        for number in range(start // _CHUNK, (start + self.length - 1) // _CHUNK + 1):
+            first = number * _CHUNK - start  # of the chunk, counted from the excerpt's
+            part = self._chunk(key, number)[max(0, -first) : self.length - first]
+            transpose(part, shift, out[max(0, first) :][: len(part)])
 
     def _read_chunk(self, key, number):
-        return self.shards.read(key, number * _CHUNK, (number + 1) * _CHUNK)
+        return self.shards.read(key, number * _CHUNK, (number + 1) * _CHUNK, self.dtype)
 
 
 def long_enough(lines, n_frames):

@@ -126,9 +126,9 @@ def standardise(frames):
     return centred / np.where(norm < 1e-8, 1, norm)
 
 
-def transpose(frames, shift):
-    """Move frames (n, n_bins) up by `shift` bins (down where negative); what comes in is zero."""
-    moved = np.zeros_like(frames)
+def transpose(frames, shift, out=None):
+    """Move frames (n, n_bins) up by `shift` bins (down where negative); what comes in is zero, or as it was in `out`."""
+    moved = np.zeros_like(frames) if out is None else out
     n_bins = frames.shape[1]
     if abs(shift) < n_bins:
         moved[:, max(0, shift) : n_bins + min(0, shift)] = frames[:, max(0, -shift) : n_bins - max(0, shift)]

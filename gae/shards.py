@@ -78,11 +78,11 @@ class Shards:
             self.tracks.update(tracks)
         self.lines = [[self._track(key) for key in line] for line in self._index()]
 
-    def read(self, key, start=0, stop=None):
-        """Frames `start` to `stop` of a track: float32, shape (stop - start, n_bins)."""
+    def read(self, key, start=0, stop=None, dtype=np.float32):
+        """Frames `start` to `stop` of a track: shape (stop - start, n_bins), of a `dtype`; None is as they are stored."""
         track = self.tracks[key]
         try:
-            return self._opened.file(track.file)[key]["cqt"][start:stop].astype(np.float32)
+            return self._opened.frames(track.file, key)[start:stop].astype(dtype or track.dtype, copy=False)
         except (OSError, KeyError) as error:
             raise FormatError(f"{track.file}: damaged ({_one_line(error)}); {_REMEDY}") from None
 
@@ -116,23 +116,26 @@ class Shards:
 
 
 class _Opened:
-    """HDF5 files open for reading: those used last."""
+    """HDF5 files open for reading: those used last, each with the datasets that were read from it."""
 
     def __init__(self):
         self._files = {}
 
-    def file(self, path):
-        """The file, opened if it is not yet."""
+    def frames(self, path, key):
+        """The frames of a track, as a dataset of its file; opening either takes longer than reading an excerpt."""
         if path not in self._files:
             if len(self._files) >= _FILES:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[path] = h5py.File(path, "r")
-        return self._files[path]
+                self._files.pop(next(iter(self._files)))[0].close()
+            self._files[path] = h5py.File(path, "r", rdcc_nbytes=0), {}  # or every dataset would keep a megabyte
+        file, datasets = self._files[path]
+        if key not in datasets:
+            datasets[key] = file[key]["cqt"]
+        return datasets[key]
 
     def close(self):
         """Close all of them."""
         while self._files:
-            self._files.popitem()[1].close()
+            self._files.popitem()[1][0].close()
 
 
 def read_shard(file):
@@ -299,7 +302,7 @@ def _write_shard(file, tracks, cqt):
             if source != track.file:  # only now is all known of it
                 track = replace(read_shard(source)[1][track.key], path=track.path)
             # not HDF5's own copy, whose bytes remember how often a track was copied
-            frames = opened.file(track.file)[track.key]["cqt"]
+            frames = opened.frames(track.file, track.key)
             blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
             add_track(shard, track.key, blocks, cqt.n_bins, track.dtype, path=track.path, duration=track.duration, peak=track.peak)
 

@@ -149,9 +149,8 @@ def test_the_common_shift_does_not_depend_on_the_first_excerpt(shards):
 
 @pytest.mark.parametrize("dropout", [0.25, 0.5])
 def test_dropout_zeroes_its_share_of_x_and_scales_the_rest(shards, dropout):
-    ones = np.ones((100, BINS), np.float32)
     made = excerpts(shards, dropout=dropout)
-    made._frames = lambda track, start: ones[: made.length]
+    made._chunk = lambda key, number: np.ones((module._CHUNK, BINS), np.float32)
     batch = made.batch(0)
     for x, y in ((batch.x1, batch.y1), (batch.x2, batch.y2)):
         for excerpt, frames in zip(x, y, strict=True):
@@ -165,7 +164,7 @@ def test_dropout_zeroes_its_share_of_x_and_scales_the_rest(shards, dropout):
 
 def test_the_sides_of_invariance_are_dropped_apart(shards):
     made = excerpts(shards, dropout=0.5, shift=0)
-    made._frames = lambda track, start: np.ones((made.length, BINS), np.float32)
+    made._chunk = lambda key, number: np.ones((module._CHUNK, BINS), np.float32)
     batch = made.batch(0)
     assert np.mean((batch.x1 == 0) == (batch.x2 == 0)) == pytest.approx(0.5, abs=0.05)
 
@@ -173,14 +172,21 @@ def test_the_sides_of_invariance_are_dropped_apart(shards):
 def test_the_original_transposes_what_was_dropped(shards):
     """One mask for both contexts, moved along with the frames; y has none."""
     made = excerpts(shards, objective="reconstruction", dropout=0.5, shift=9)
-    whole = tiny.frames(100)
-    made._frames = lambda track, start: whole[start : start + made.length] if start + made.length <= 100 else whole[: made.length]
+    whole = tiny.frames(module._CHUNK)
+    made._chunk = lambda key, number: whole
     for step in range(6):
         batch = made.batch(step)
         for x1, y1, x2, y2 in zip(*(getattr(batch, side) for side in SIDES), strict=True):
             shift = next(k for k in range(-9, 10) if np.array_equal(transpose(y1, k), y2))
             assert np.array_equal(transpose(x1, shift), x2)
             assert (x1 == 0).mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_frames_come_as_they_are_stored_unless_dropout_scales_them(tmp_path):
+    tiny.write_shards(tmp_path / "shards", [[tiny.frames(120)]], dtype="float16")
+    with Shards(tmp_path / "shards") as half:
+        assert {array.dtype for array in excerpts(half).batch(0)} == {np.dtype(np.float16)}
+        assert {array.dtype for array in excerpts(half, dropout=0.5).batch(0)} == {np.dtype(np.float32)}
 
 
 def test_frames_across_chunks_are_whole(shards, monkeypatch):
