@@ -5,11 +5,13 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+import python_stretch
 import soundfile
 import soxr
 
 from gae.errors import AudioError
 
+_SHIFTED = 30  # s whose pitch is shifted at a time
 _CHUNK = 1 << 18  # samples decoded at a time, over all channels
 _RATES = (1_000, 768_000)  # sample rates believed of a file, in Hz
 _CHANNELS = 64
@@ -105,6 +107,42 @@ def resample(samples, orig_rate, sample_rate):
     if orig_rate == sample_rate:
         return samples
     return soxr.ResampleStream(orig_rate, sample_rate, 1, dtype="float32").resample_chunk(samples, last=True)
+
+
+def shift_pitch(sample_blocks, sample_rate, semitones):
+    """Transpose a recording that arrives in pieces, at its own tempo, by Signalsmith Stretch.
+
+    Parameters
+    ----------
+    sample_blocks : iterable of ndarray of float32, shape (n,)
+        Successive mono samples.
+    sample_rate : int
+        In Hz.
+    semitones : float
+
+    Yields
+    ------
+    ndarray of float32, shape (n,)
+        As many samples in all.
+    """
+    shifter = python_stretch.Signalsmith.Stretch(0)  # a seed
+    shifter.preset(1, sample_rate)
+    shifter.setTransposeSemitones(semitones)
+    for piece in _pieces(sample_blocks, _SHIFTED * sample_rate):
+        shifter.reset()
+        yield shifter.process(piece[None])[0]
+
+
+def _pieces(sample_blocks, length):
+    """Regroup samples in pieces of a length; the last may be shorter."""
+    held = np.zeros(0, np.float32)
+    for block in sample_blocks:
+        held = np.concatenate([held, block])
+        while len(held) >= length:
+            yield held[:length]
+            held = held[length:]
+    if len(held):
+        yield held
 
 
 def _open(path):

@@ -48,6 +48,9 @@ class Data(Section):
 
     train_list: str = Field("data/train.txt", min_length=1, description="text file that lists the audio to train on")
     convert_list: str = Field("data/convert.txt", min_length=1, description="text file that lists the audio to convert")
+    shifted_views: int = Field(
+        1, ge=0, le=12, description="views that a pitch shifter makes of a track that is listed without, by 1 to 6 semitones"
+    )
     on_error: Literal["skip", "stop"] = Field("skip", description="what an unusable audio file does to the run")
     dtype: Literal["float16", "float32"] = Field("float16", description="type in which frames are stored")
     shard_mb: int = Field(256, ge=1, le=65536, description="size of a shard that is not exceeded by much, in MB")

@@ -4,6 +4,8 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from gae import audio, shards, storage
 from gae.commandline import warn
 from gae.compute import by_place, map_tracks
@@ -45,6 +47,7 @@ def preprocess(params, index_file, out, staging):
         If what was computed does not arrive, or a storage can't be reached.
     """
     indexed = read_index(index_file)
+    indexed["train"] = [[*line, *shifted_views(line, params.data.shifted_views)] for line in indexed["train"]]
     lists = {Path(out) / role: indexed[role] for role in ("train", "convert")}
     far = storage.is_url(staging)
     staging, near = (staging.rstrip("/"), Path(out) / ".staging") if far else (Path(staging), Path(staging))
@@ -78,13 +81,39 @@ def preprocess(params, index_file, out, staging):
         _remove(folder)
 
 
+def shifted_views(line, count):
+    """Views for a track that has none, by a pitch shifter: the same recording in other keys.
+
+    Frames that are only moved by some bins carry along all that tells them apart, the noise of a recording and the
+    beating of its partials too. What finds them again has learnt little about intervals.
+
+    Parameters
+    ----------
+    line : list of dict
+        Files as in the index.
+    count : int
+        Up to 12.
+
+    Returns
+    -------
+    list of dict
+        Files with a key of their own and `semitones`, each another one of -6 to 6 but 0, drawn by the track's content; none
+        for a line with views of its own.
+    """
+    if len(line) > 1:
+        return []
+    file = line[0]
+    drawn = np.random.default_rng(int(file["key"], 16)).permutation([k for k in range(-6, 7) if k])[:count].tolist()
+    return [{**file, "key": digest([file["key"], "shifted", k])[:32], "semitones": k} for k in drawn]
+
+
 def compute_track(file, cqt, dtype, place):
     """Decode one file and write its frames.
 
     Parameters
     ----------
     file : dict
-        path (or URL), key, sha256 and seconds, as in the index.
+        path (or URL), key, sha256 and seconds, as in the index; and semitones, if its pitch is to be shifted.
     cqt : gae.params.Cqt
     dtype : {"float16", "float32"}
     place : Path or str
@@ -96,7 +125,7 @@ def compute_track(file, cqt, dtype, place):
         Why it can't be used, in one line; None if all went well.
     """
     try:
-        with storage.fetched(file["path"]) as path, analyse(audio.blocks(path, cqt.sample_rate), cqt) as analysis:
+        with storage.fetched(file["path"]) as path, analyse(_samples(file, path, cqt.sample_rate), cqt) as analysis:
             if content_hash(path) != file["sha256"]:
                 return f"{file['path']}: changed while it was read; run again"
             with _file_in(place, file["key"], analysis.n_frames) as waiting, shards.writing(waiting, cqt, durable=False) as shard:
@@ -105,6 +134,11 @@ def compute_track(file, cqt, dtype, place):
     except AudioError as error:
         return str(error)
     return None
+
+
+def _samples(file, path, sample_rate):
+    samples = audio.blocks(path, sample_rate)
+    return audio.shift_pitch(samples, sample_rate, file["semitones"]) if "semitones" in file else samples
 
 
 @contextmanager

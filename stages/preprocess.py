@@ -9,7 +9,7 @@ if __name__ == "__main__":
     with (
         stage(
             __doc__,
-            reads=["cqt", "data.on_error", "data.dtype", "data.shard_mb", "compute"],
+            reads=["cqt", "data.shifted_views", "data.on_error", "data.dtype", "data.shard_mb", "compute"],
             index="data/index.json",
             out="data/shards",
         ) as (params, paths),

@@ -43,6 +43,22 @@ def pitch(samples, sample_rate):
     return np.argmax(spectrum) * sample_rate / (1 << 18)
 
 
+@pytest.mark.parametrize("semitones", [-6, 1, 4])
+@pytest.mark.parametrize("seconds", [0.5, 2.3])
+def test_a_shifted_pitch_leaves_the_time(monkeypatch, semitones, seconds):
+    monkeypatch.setattr(audio, "_SHIFTED", 1)
+    samples = tiny.tone(seconds, 8000, 400.0)
+    moved = np.concatenate(list(audio.shift_pitch(np.array_split(samples, 7), 8000, semitones)))
+    assert moved.dtype == np.float32 and moved.shape == samples.shape
+    assert pitch(moved, 8000) == pytest.approx(pitch(samples, 8000) * 2 ** (semitones / 12), rel=0.01)
+    assert np.array_equal(moved, np.concatenate(list(audio.shift_pitch([samples], 8000, semitones))))
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100])
+def test_next_to_nothing_can_be_shifted(samples):
+    assert sum(map(len, audio.shift_pitch([np.zeros(samples, np.float32)], 22050, 3))) == samples
+
+
 FORMATS = [
     *(
         ("wav", {"subtype": subtype}, 0.01 if subtype == "PCM_U8" else 1e-4)

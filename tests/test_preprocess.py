@@ -65,7 +65,7 @@ def lists(train, convert):
 
 
 def values(**sections):
-    data = {"train_list": "train.txt", "convert_list": "convert.txt", **sections.pop("data", {})}
+    data = {"train_list": "train.txt", "convert_list": "convert.txt", "shifted_views": 0, **sections.pop("data", {})}
     return params.validate({"data": data, "cqt": {**CQT, **sections.pop("cqt", {})}, "compute": {"workers": 1}, **sections})
 
 
@@ -191,6 +191,22 @@ def test_changed_content_is_computed_and_the_old_goes(folder, computed):
     run()
     assert computed == ["music/a.wav"] and old not in Shards("shards/train").tracks
     assert content() == fresh()
+
+
+def test_a_track_without_views_gets_some_by_a_pitch_shifter(folder):
+    alone, others = run(), run(data={"shifted_views": 2})
+    assert names(others) == {"train": [["a"] * 3, ["b", "c"], ["d"] * 3, ["e"] * 3], "convert": names(alone)["convert"]}
+    shifts = set()
+    for (own,), (same, *shifted) in zip(alone["train"][2:], others["train"][2:], strict=True):
+        assert np.array_equal(own[1], same[1])
+        for _, moved in shifted:
+            assert moved.shape == own[1].shape
+            shifts.add(int(moved.sum(0).argmax() - own[1].sum(0).argmax()))
+    assert len(shifts) > 2 and 0 not in shifts and max(map(abs, shifts)) <= 6
+    whole = content()
+    assert names(run(data={"shifted_views": 1}))["train"][0] == ["a"] * 2
+    run(data={"shifted_views": 2})
+    assert content() == whole
 
 
 @pytest.mark.parametrize(

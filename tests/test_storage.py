@@ -73,7 +73,7 @@ def lists(train, convert):
 
 
 def values(staging, **compute):
-    data = {"train_list": "train.txt", "convert_list": "convert.txt", "shard_mb": 1}
+    data = {"train_list": "train.txt", "convert_list": "convert.txt", "shifted_views": 0, "shard_mb": 1}
     return params.validate({"data": data, "cqt": CQT, "compute": {"workers": 2, "staging": staging, **compute}})
 
 
