@@ -1,14 +1,16 @@
 """The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
 
-    python benchmarks/published.py [--weights FILE] [--soundfont FILE.sf2] [--recordings FOLDER] [--corpus data/corpus]
+    python benchmarks/published.py [--weights FILE] [--soundfont FILE.sf2] [--corpus data/corpus]
 
 piano       the JKU Patterns Development Database (../shared/data/jkupdd) played with a SoundFont of your choice (Debian's
             fluid-soundfont-gm has one), human-like in time and loudness, as written and transposed by -6 to 6 semitones
-recordings  one minute each of a folder of real music (Debian's hyperrogue-music, warzone2100-music and singularity-music
-            hold some), as it is and shifted by Rubber Band (rubberband-cli)
+wesnoth, hyperrogue, warzone2100, singularity
+            one minute each of up to 24 pieces of the music of a game (Debian's packages wesnoth-1.16-music, hyperrogue-music,
+            warzone2100-music, singularity-music), as it is and shifted by Rubber Band (rubberband-cli)
 corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not
 
-Sets whose material or tools are missing are left out. The published weights are ../shared/data/cgae_pretrained.npz.
+Sets whose material or tools are missing are left out. The published weights are ../shared/data/cgae_pretrained.npz. Beside the
+weights stands the constant-Q transform of the shipped model, moved back by the known interval.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import io
 import shutil
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +28,25 @@ from tqdm import tqdm
 
 import gae
 from gae import audio
-from gae.cqt import frames
+from gae.cqt import frames, transpose
 from gae.evaluate import TOLERANCES, heldout_file, heldout_pieces
 from gae.features import extract_frames
 from gae.measures import align, beats_within, invariance_top1, pool, stack
 from gae.weights import from_arrays
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+RECORDINGS = {
+    "wesnoth": "/usr/share/games/wesnoth/1.16/data/core/music",
+    "hyperrogue": "/usr/share/hyperrogue/music",
+    "warzone2100": "/usr/share/games/warzone2100/music",
+    "singularity": "/usr/share/games/singularity/music",
+}
 SHIFTS = [k for k in range(-6, 7) if k]
 FRAMES, STACK, HOP = 100, 8, 2  # frames a track, frames stacked, frames pooled for alignment
 
 
 def piano_pairs(soundfont, folder):
-    """Renderings of the JKUPDD pieces: a list of (original, transposed) paths."""
+    """Renderings of the JKUPDD pieces: a list of (original, transposed, semitones)."""
     import midirenderer
 
     pairs = []
@@ -62,12 +71,12 @@ def piano_pairs(soundfont, folder):
                 wave = midirenderer.render_wave_from(Path(soundfont).read_bytes(), midi.getvalue())
                 rendered.append(folder / f"{path.stem}-{take}-{shift}.wav")
                 rendered[-1].write_bytes(wave)
-            pairs.append(tuple(rendered))
+            pairs.append((*rendered, k))
     return pairs
 
 
 def recording_pairs(source, folder, count=24):
-    """Excerpts of real recordings and the same shifted by Rubber Band: a list of (original, transposed) paths."""
+    """Excerpts of recordings and the same shifted by Rubber Band: a list of (original, transposed, semitones)."""
     files = sorted(path for path in Path(source).rglob("*") if path.suffix in {".ogg", ".opus", ".flac", ".mp3", ".wav"})
     files = [path for path in files if path.stat().st_size > 500_000]
     pairs = []
@@ -75,10 +84,10 @@ def recording_pairs(source, folder, count=24):
         k = int(np.random.default_rng(number).choice(SHIFTS))
         samples = audio.load(path, 44100)
         middle = max(0, len(samples) // 2 - 30 * 44100)
-        original, shifted = folder / f"{number}.wav", folder / f"{number}-shifted.wav"
+        original, shifted = (folder / f"{Path(source).parts[-2]}-{number}{kind}.wav" for kind in ("", "-shifted"))
         soundfile.write(original, samples[middle : middle + 60 * 44100], 44100)
         subprocess.run(["rubberband", "-q", "-p", str(k), original, shifted], check=True, capture_output=True)
-        pairs.append((original, shifted))
+        pairs.append((original, shifted, k))
     return pairs
 
 
@@ -87,11 +96,16 @@ def features_of(path, model):
     return extract_frames(frames(audio.load(path, model.cqt.sample_rate), model.cqt), model)
 
 
-def invariance(pairs, model):
-    """Top-1 in percent for one frame and for eight stacked, over all pairs together."""
+def shifted_back(path, model, k):
+    """Frames of an audio file, moved down by k semitones: (n_frames, n_bins)."""
+    return transpose(frames(audio.load(path, model.cqt.sample_rate), model.cqt), -round(k * model.cqt.bins_per_octave / 12))
+
+
+def invariance(pairs, represent):
+    """Top-1 in percent for one frame and for eight stacked, over all pairs together; `represent` takes a path and its semitones."""
     queries, candidates = {1: [], STACK: []}, {1: [], STACK: []}
-    for number, (original, transposed) in enumerate(tqdm(pairs, leave=False)):
-        one, other = features_of(original, model), features_of(transposed, model)
+    for number, (original, transposed, k) in enumerate(tqdm(pairs, leave=False)):
+        one, other = represent(original, 0), represent(transposed, k)
         starts = np.random.default_rng(number).choice(min(len(one), len(other)) - STACK, FRAMES, replace=False)
         for n in queries:
             queries[n].append(stack(one, starts, n))
@@ -114,7 +128,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="model file (default: the shipped weights)")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
-    parser.add_argument("--recordings")
     parser.add_argument("--corpus", default="data/corpus")
     given = parser.parse_args()
     models = {"ours": gae.load_model(given.weights)}
@@ -124,15 +137,19 @@ if __name__ == "__main__":
         sets = {}
         if Path(given.soundfont).exists() and (SHARED / "jkupdd").exists():
             sets["piano"] = piano_pairs(given.soundfont, Path(folder))
-        if given.recordings and shutil.which("rubberband"):
-            sets["recordings"] = recording_pairs(given.recordings, Path(folder))
+        for name, music in RECORDINGS.items():
+            if Path(music).exists() and shutil.which("rubberband"):
+                sets[name] = recording_pairs(music, Path(folder))
         if Path(given.corpus, "corpus.json").exists():
             pieces = heldout_pieces(given.corpus)
-            sets["corpus"] = [tuple(heldout_file(given.corpus, piece, take) for take in ("original", "transposed")) for piece in pieces]
+            takes = [[heldout_file(given.corpus, piece, take) for take in ("original", "transposed")] for piece in pieces]
+            sets["corpus"] = [(*paths, piece["k"]) for paths, piece in zip(takes, pieces, strict=True)]
+        kinds = {label: partial(lambda model, path, k: features_of(path, model), model) for label, model in models.items()}
+        kinds["CQT back"] = lambda path, k: shifted_back(path, models["ours"], k)
         for name, pairs in sets.items():
-            for label, model in models.items():
-                one, stacked = invariance(pairs, model)
-                print(f"{name:10} {len(pairs):3} tracks  {label:10} top-1 {one:5.1f} / {stacked:5.1f} %", flush=True)
+            for label, represent in kinds.items():
+                one, stacked = invariance(pairs, represent)
+                print(f"{name:11} {len(pairs):3} tracks  {label:10} top-1 {one:5.1f} / {stacked:5.1f} %", flush=True)
         if "corpus" in sets:
             for label, model in models.items():
                 for take in ("transposed", "original"):
