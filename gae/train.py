@@ -324,7 +324,6 @@ class Objective(nn.Module):
             loss, reconstruction, and where they are used contrast and sparsity.
         """
         settings, model = self.settings, self.model
-        y1, y2 = y1.float(), y2.float()
         factors_1, factors_2 = (model.x_factors(x, settings.stride) for x in (x1, x2))
         m1 = model.relate(factors_1, model.y_factors(y1))
         if settings.objective == "reconstruction":
