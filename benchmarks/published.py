@@ -1,6 +1,6 @@
 """The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
 
-    python benchmarks/published.py [--weights FILE] [--soundfont FILE.sf2] [--corpus data/corpus]
+    python benchmarks/published.py [--weights FILE ...] [--soundfont FILE.sf2] [--corpus data/corpus]
 
 piano       the JKU Patterns Development Database (../shared/data/jkupdd) played with a SoundFont of your choice (Debian's
             fluid-soundfont-gm has one), human-like in time and loudness, as written and transposed by -6 to 6 semitones
@@ -18,7 +18,7 @@ import io
 import shutil
 import subprocess
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -91,14 +91,20 @@ def recording_pairs(source, folder, count=24):
     return pairs
 
 
+@cache
+def frames_of(path, cqt):
+    """Frames of an audio file: (n_frames, n_bins)."""
+    return frames(audio.load(path, cqt.sample_rate), cqt)
+
+
 def features_of(path, model):
     """Features of an audio file: (n_frames, n_maps)."""
-    return extract_frames(frames(audio.load(path, model.cqt.sample_rate), model.cqt), model)
+    return extract_frames(frames_of(path, model.cqt), model)
 
 
 def shifted_back(path, model, k):
     """Frames of an audio file, moved down by k semitones: (n_frames, n_bins)."""
-    return transpose(frames(audio.load(path, model.cqt.sample_rate), model.cqt), -round(k * model.cqt.bins_per_octave / 12))
+    return transpose(frames_of(path, model.cqt), -round(k * model.cqt.bins_per_octave / 12))
 
 
 def invariance(pairs, represent):
@@ -126,11 +132,12 @@ def alignment(corpus, model, take):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", help="model file (default: the shipped weights)")
+    parser.add_argument("--weights", nargs="+", help="model files (default: the shipped weights)")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     parser.add_argument("--corpus", default="data/corpus")
     given = parser.parse_args()
-    models = {"ours": gae.load_model(given.weights)}
+    models = {Path(file).stem: gae.load_model(file) for file in given.weights or []} or {"shipped": gae.load_model()}
+    ours = next(iter(models.values()))
     if (SHARED / "cgae_pretrained.npz").exists():
         models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
     with tempfile.TemporaryDirectory() as folder:
@@ -145,13 +152,13 @@ if __name__ == "__main__":
             takes = [[heldout_file(given.corpus, piece, take) for take in ("original", "transposed")] for piece in pieces]
             sets["corpus"] = [(*paths, piece["k"]) for paths, piece in zip(takes, pieces, strict=True)]
         kinds = {label: partial(lambda model, path, k: features_of(path, model), model) for label, model in models.items()}
-        kinds["CQT back"] = lambda path, k: shifted_back(path, models["ours"], k)
+        kinds["CQT back"] = lambda path, k: shifted_back(path, ours, k)
         for name, pairs in sets.items():
             for label, represent in kinds.items():
                 one, stacked = invariance(pairs, represent)
-                print(f"{name:11} {len(pairs):3} tracks  {label:10} top-1 {one:5.1f} / {stacked:5.1f} %", flush=True)
+                print(f"{name:11} {len(pairs):3} tracks  {label:20} top-1 {one:5.1f} / {stacked:5.1f} %", flush=True)
         if "corpus" in sets:
             for label, model in models.items():
                 for take in ("transposed", "original"):
                     shares = " / ".join(f"{share:.1f}" for share in alignment(given.corpus, model, take))
-                    print(f"alignment of {take:10}  {label:10} beats {shares} %", flush=True)
+                    print(f"alignment of {take:10}  {label:20} beats {shares} %", flush=True)
