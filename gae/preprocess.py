@@ -62,11 +62,9 @@ def preprocess(params, index_file, out, staging):
     computed = []
     for where, some in by_place(missing, params.compute, lambda file: file["path"]):
         failures = map_tracks(compute_track, some, where, "frames", (params.cqt, params.data.dtype, place))
-        for file, failure in zip(some, failures, strict=True):
-            if failure:
-                _refuse(failure, params.data.on_error)
-            else:
-                computed.append(file["key"])
+        for failure in dict.fromkeys(filter(None, failures)):  # once for a file and its shifted views
+            _refuse(failure, params.data.on_error)
+        computed += [file["key"] for file, failure in zip(some, failures, strict=True) if not failure]
     staged |= _arrived(computed, place, params)
 
     for folder, lines in lists.items():
