@@ -4,8 +4,8 @@ Every draw of a step follows from the seed and the number of the step alone. Tra
 number of processes together see what one alone would see.
 """
 
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -60,8 +60,7 @@ class Excerpts:
         self._until = np.cumsum([_common_length(line) for line in self.lines])
         # as they are stored, for less to copy
         self.dtype = np.result_type(*{track.dtype for track in shards.tracks.values()})
-        n_chunks = max(16, _CACHE_BYTES // (_CHUNK * shards.cqt.n_bins * self.dtype.itemsize))
-        self._chunk = lru_cache(n_chunks)(self._read_chunk)
+        self._chunk = _Chunks(shards, self.dtype)
 
     def batches(self, first, last):
         """Yield the `Batch` of each of the steps `first` to `last` (excluded), each prepared while its predecessor is used."""
@@ -121,8 +120,26 @@ class Excerpts:
             part = self._chunk(key, number)[max(0, -first) : self.length - first]
             transpose(part, shift, out[max(0, first) :][: len(part)])
 
-    def _read_chunk(self, key, number):
-        return self.shards.read(key, number * _CHUNK, (number + 1) * _CHUNK, self.dtype)
+
+class _Chunks:
+    """The stretches of tracks that were used last, in one block of memory: arrays that come and go leave holes too small for a batch."""
+
+    def __init__(self, shards, dtype):
+        n_chunks = max(16, _CACHE_BYTES // (_CHUNK * shards.cqt.n_bins * dtype.itemsize))
+        self.shards, self.memory = shards, np.empty((n_chunks, _CHUNK, shards.cqt.n_bins), dtype)
+        self.held = OrderedDict()  # (key, number): (place in the memory, number of frames); what was used last comes last
+
+    def __call__(self, key, number):
+        """Frames number * _CHUNK and on of a track: (up to _CHUNK, n_bins)."""
+        if (key, number) in self.held:
+            self.held.move_to_end((key, number))
+        else:
+            frames = self.shards.read(key, number * _CHUNK, (number + 1) * _CHUNK, self.memory.dtype)
+            place = self.held.popitem(last=False)[1][0] if len(self.held) == len(self.memory) else len(self.held)
+            self.memory[place, : len(frames)] = frames
+            self.held[key, number] = place, len(frames)
+        place, length = self.held[key, number]
+        return self.memory[place, :length]
 
 
 def long_enough(lines, n_frames):

@@ -203,8 +203,10 @@ def test_memory_is_bounded(shards, monkeypatch):
     made = excerpts(shards)
     for step in range(40):
         made.batch(step)
-    state = made._chunk.cache_info()
-    assert state.maxsize == state.currsize == 20 and state.hits > 0
+    assert len(made._chunk.memory) == len(made._chunk.held) == 20
+    assert sorted(place for place, _ in made._chunk.held.values()) == list(range(20))
+    monkeypatch.setattr(module, "_CACHE_BYTES", 1 << 20)
+    assert equal(made.batch(39), excerpts(shards).batch(39))
 
 
 def test_tracks_shorter_than_an_excerpt_are_left_out(shards):
