@@ -59,32 +59,38 @@ class Excerpts:
         self.own = range(rank, train.batch, world)
         self._until = np.cumsum([_common_length(line) for line in self.lines])
         # as they are stored, for less to copy
-        self.dtype = np.result_type(*{track.dtype for track in shards.tracks.values()})
-        self._chunk = _Chunks(shards, self.dtype)
+        dtype = np.result_type(*{track.dtype for track in shards.tracks.values()})
+        self._sides = np.empty((2, len(self.own), self.length, shards.cqt.n_bins), dtype)
+        self._chunk = _Chunks(shards, dtype)
 
     def batches(self, first, last):
-        """Yield the `Batch` of each of the steps `first` to `last` (excluded), each prepared while its predecessor is used."""
+        """Yield the `Batch` of each of the steps `first` to `last` (excluded), each prepared while its predecessor is used.
+
+        A batch lasts until the next is asked for: two take turns in the same memory, as arrays that come and go among small
+        ones that stay would spread over ever more of it.
+        """
+        rooms = np.empty((2, *self._sides.shape), np.float32)
         with ThreadPoolExecutor(1) as ahead:
-            following = ahead.submit(self.batch, first) if first < last else None
+            following = ahead.submit(self.batch, first, rooms[first % 2]) if first < last else None
             for step in range(first, last):
                 batch = following.result()
-                following = ahead.submit(self.batch, step + 1) if step + 1 < last else None
+                following = ahead.submit(self.batch, step + 1, rooms[(step + 1) % 2]) if step + 1 < last else None
                 yield batch
 
-    def batch(self, step):
-        """The `Batch` of a step, this process's share of it."""
+    def batch(self, step, room=None):
+        """The `Batch` of a step, this process's share; in `room`, float32 (2, n_excerpts, block + context, n_bins), if it is given."""
         # numbers from train.batch on are no excerpt's: what is drawn for all must not depend on one
         common = np.random.default_rng([self.train.seed, step, self.train.batch])
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
-        shape = (2, len(self.own), self.length, self.shards.cqt.n_bins)
-        sides = np.zeros(shape, self.dtype)
-        masks = np.zeros(shape, np.float32)[:, :, :-1] if self.train.dropout else (1, 1)
+        self._sides.fill(0)
+        masks = np.zeros(self._sides.shape, np.float32)[:, :, :-1] if self.train.dropout else (1, 1)
         for place, n in enumerate(self.own):
             rng = np.random.default_rng([self.train.seed, step, n])
-            shifts = self._draw(rng, shift, sides[:, place])
+            shifts = self._draw(rng, shift, self._sides[:, place])
             if self.train.dropout:
                 self._mask(rng, shifts, masks[:, place])
-        sides = torch.from_numpy(sides).float().numpy()  # NumPy takes forty times as long
+        sides = np.empty(self._sides.shape, np.float32) if room is None else room
+        torch.from_numpy(sides).copy_(torch.from_numpy(self._sides))  # NumPy takes several times as long
         x1, x2 = (side[:, :-1] * mask if self.train.dropout else side[:, :-1] for side, mask in zip(sides, masks, strict=True))
         y1, y2 = sides[:, :, self.context :: self.train.stride]
         return Batch(x1, y1, x2, y2)

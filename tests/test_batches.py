@@ -197,6 +197,15 @@ def test_frames_across_chunks_are_whole(shards, monkeypatch):
     assert equal(excerpts(shards).batch(4), whole)
 
 
+def test_batches_take_turns_in_the_same_memory(shards):
+    made, other = excerpts(shards), excerpts(shards)
+    seen = []
+    for step, batch in enumerate(made.batches(0, 5)):
+        assert equal(batch, other.batch(step))
+        seen.append(batch.x2)
+    assert np.shares_memory(seen[0], seen[2]) and np.shares_memory(seen[1], seen[3]) and not np.shares_memory(seen[3], seen[4])
+
+
 def test_memory_is_bounded(shards, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 16)
     monkeypatch.setattr(module, "_CACHE_BYTES", 20 * 16 * BINS * 4)
