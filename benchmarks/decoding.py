@@ -42,7 +42,7 @@ def ours(paths, folder):
     """Seconds of the stages index, preprocess and convert."""
     listing = folder / "list.txt"
     listing.write_text("\n".join(map(str, paths)) + "\n")
-    values = params.validate({"data": {"train_list": str(listing), "convert_list": str(listing)}})
+    values = params.validate({"data": {"shifted_views": 0, "train_list": str(listing), "convert_list": str(listing)}})
     times = [time.perf_counter()]
     index(values, folder / "index.json", folder / "memory.json")
     times.append(time.perf_counter())

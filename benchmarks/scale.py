@@ -63,6 +63,7 @@ def prepare(project, workers):
     subprocess.run(["git", "clone", "--quiet", ".", project], check=True)
     values = yaml.safe_load((project / "params.yaml").read_text())
     values["convert"]["weights"] = "models/pretrained.safetensors"
+    values["data"]["shifted_views"] = 0
     values["compute"]["workers"] = workers
     (project / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     for name in ("train", "convert"):
