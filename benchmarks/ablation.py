@@ -50,7 +50,7 @@ def run(name, overrides, seed, steps):
     options = [word for setting in settings for word in ("-S", setting)]
     # an experiment leaves its parameters in the workspace, where the next would inherit them
     subprocess.run(["git", "restore", "params.yaml"], check=True)
-    subprocess.run(["dvc", "exp", "run", "-n", f"{name}-seed-{seed}", *options, "evaluate"], check=True, stdout=sys.stderr)
+    subprocess.run(["dvc", "exp", "run", "-n", f"{name}-{steps}-steps-seed-{seed}", *options, "evaluate"], check=True, stdout=sys.stderr)
     metrics, full = read_json("metrics.json"), read_json("evaluation.json")
     return {
         "top1": metrics["gae"]["top1"],
