@@ -68,8 +68,8 @@ def table(results):
     """The results as a Markdown table: means over the seeds."""
     titles = ["experiment", "seeds", "top-1, 1 frame", "8 frames", "beats within 100 ms", "reconstruction error"]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
-    for name, by_seed in results.items():
-        rows = list(by_seed.values())
+    for name in [name for name in VARIATIONS if name in results]:
+        rows = list(results[name].values())
         means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
         spread = f" ({min(row['top1'] for row in rows):.1f} to {max(row['top1'] for row in rows):.1f})" if len(rows) > 1 else ""
         lines.append(
