@@ -21,7 +21,7 @@ VARIATIONS = {
     "reconstruction-objective": ["train.objective=reconstruction"],
     "original-objective": ["train.objective=reconstruction", "train.sparsity=1e-5", "train.shift=60", "train.dropout=0.5"],
     "contrast-0": ["train.contrast=0"],
-    "default": ["train.contrast=0.1"],
+    "contrast-0.1": ["train.contrast=0.1"],
     "contrast-1": ["train.contrast=1"],
     "temperature-0.05": ["train.temperature=0.05"],
     "no-compression": ["cqt.compression=none"],
