@@ -15,8 +15,8 @@ _SHIFTED = 30  # s whose pitch is shifted at a time
 _CHUNK = 1 << 18  # samples decoded at a time, over all channels
 _RATES = (1_000, 768_000)  # sample rates believed of a file, in Hz
 _CHANNELS = 64
-_SLACK = {"OGG": 0.5}  # s that may be missing: Ogg files that were cut by an editor claim some packets more than they decode to
-_LITTLE = 0.05  # that of other formats
+_SLACK = 0.05  # s that may be missing at the end
+_OGG_SLACK = 0.5  # that of Ogg files: those that an editor cut claim some packets more than they decode to
 _LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
 # libsndfile shortens files that are truncated (wav, aiff; w64; rf64; au) without a word, but in its log
 _SHORTENED = re.compile(r"^\s*(?:data|SSND|riff|Riff size|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -199,7 +199,8 @@ def _decoded(file, path):
         total += len(read)
     if total == 0:
         raise AudioError(f"{path}: holds no samples; record or export it again")
-    if total < (promised := _promised(file)) - _SLACK.get(file.format, _LITTLE) * file.samplerate:
+    slack = _OGG_SLACK if file.format == "OGG" else _SLACK
+    if total < (promised := _promised(file)) - slack * file.samplerate:
         raise AudioError(
             f"{path}: truncated, {total / file.samplerate:.1f} s of {promised / file.samplerate:.1f} s are there; copy it again"
         )

@@ -71,10 +71,10 @@ class GatedAutoencoder(nn.Module):
         -------
         Tensor, shape (batch, ceil(n_frames / stride), n_factors)
         """
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.filters_x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         # one matrix product over copied windows: faster than any convolution of full height
-        windows = x.to(dtype).unfold(1, self.sizes.context, stride).transpose(2, 3).flatten(2)
+        windows = x.unfold(1, self.sizes.context, stride).transpose(2, 3).flatten(2)
         return F.linear(windows, self.filters_x) * self.sizes.input_scale
 
     def y_factors(self, y):

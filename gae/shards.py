@@ -79,10 +79,10 @@ class Shards:
         self.lines = [[self._track(key) for key in line] for line in self._index()]
 
     def read(self, key, start=0, stop=None, dtype=np.float32):
-        """Frames `start` to `stop` of a track: shape (stop - start, n_bins), of a `dtype`; None is as they are stored."""
+        """Frames `start` to `stop` of a track: ndarray of `dtype`, shape (stop - start, n_bins)."""
         track = self.tracks[key]
         try:
-            return self._opened.frames(track.file, key)[start:stop].astype(dtype or track.dtype, copy=False)
+            return self._opened.frames(track.file, key)[start:stop].astype(dtype, copy=False)
         except (OSError, KeyError) as error:
             raise FormatError(f"{track.file}: damaged ({_one_line(error)}); {_REMEDY}") from None
 
@@ -126,7 +126,7 @@ class _Opened:
         if path not in self._files:
             if len(self._files) >= _FILES:
                 self._files.pop(next(iter(self._files)))[0].close()
-            self._files[path] = h5py.File(path, "r", rdcc_nbytes=0), {}  # or every dataset would keep a megabyte
+            self._files[path] = h5py.File(path, "r", rdcc_nbytes=0), {}  # or every dataset would keep what was read from it
         file, datasets = self._files[path]
         if key not in datasets:
             datasets[key] = file[key]["cqt"]
