@@ -71,11 +71,12 @@ def ours(values, frames):
     optimisers = optimisers_of(model, settings)
     fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
     module, *optimisers = fabric.setup(Objective(model, settings), *optimisers)
-    x, y = frames[:, :-1], frames[:, context :: settings.stride]
+    sides = torch.stack([frames, frames])
+    x, y = sides[:, :, :-1], sides[:, :, context :: settings.stride]
 
     def step():
         began = time.perf_counter()
-        fabric.backward(module(x, y, x, y)["loss"])
+        fabric.backward(module(x, y)["loss"])
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

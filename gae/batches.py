@@ -19,20 +19,18 @@ _CACHE_BYTES = 400 << 20  # of frames kept in memory, whatever the size of the c
 
 
 class Batch(NamedTuple):
-    """Two sides of the same excerpts, each a context and the frames to set against it.
+    """Excerpts, each on two sides that differ by a transposition and maybe the sound: contexts, and the frames to set against them.
 
     Attributes
     ----------
-    x1, x2 : ndarray of float32, shape (n_excerpts, block + context - 1, n_bins)
+    x : ndarray of float32, shape (2, n_excerpts, block + context - 1, n_bins)
         Context with dropout.
-    y1, y2 : ndarray of float32, shape (n_excerpts, ceil(block / stride), n_bins)
-        Every `stride`-th frame of the block: y[i] goes with x[i * stride : i * stride + context].
+    y : ndarray of float32, shape (2, n_excerpts, ceil(block / stride), n_bins)
+        Every `stride`-th frame of the block: y[side, n, i] goes with x[side, n, i * stride : i * stride + context].
     """
 
-    x1: np.ndarray
-    y1: np.ndarray
-    x2: np.ndarray
-    y2: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
 
 
 class Excerpts:
@@ -83,7 +81,7 @@ class Excerpts:
         common = np.random.default_rng([self.train.seed, step, self.train.batch])
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
         self._sides.fill(0)
-        masks = np.zeros(self._sides.shape, np.float32)[:, :, :-1] if self.train.dropout else (1, 1)
+        masks = np.zeros(self._sides.shape, np.float32)[:, :, :-1] if self.train.dropout else None
         for place, n in enumerate(self.own):
             rng = np.random.default_rng([self.train.seed, step, n])
             shifts = self._draw(rng, shift, self._sides[:, place])
@@ -91,9 +89,8 @@ class Excerpts:
                 self._mask(rng, shifts, masks[:, place])
         sides = np.empty(self._sides.shape, np.float32) if room is None else room
         torch.from_numpy(sides).copy_(torch.from_numpy(self._sides))  # NumPy takes several times as long
-        x1, x2 = (side[:, :-1] * mask if self.train.dropout else side[:, :-1] for side, mask in zip(sides, masks, strict=True))
-        y1, y2 = sides[:, :, self.context :: self.train.stride]
-        return Batch(x1, y1, x2, y2)
+        x, y = sides[:, :, :-1], sides[:, :, self.context :: self.train.stride]
+        return Batch(x * masks if self.train.dropout else x, y)
 
     def _draw(self, rng, common_shift, sides):
         """Put an excerpt's two sides (2, length, n_bins) into `sides`, which is zero; the shifts of both."""

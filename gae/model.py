@@ -63,22 +63,22 @@ class GatedAutoencoder(nn.Module):
 
         Parameters
         ----------
-        x : Tensor, shape (batch, n_frames + context - 1, n_bins)
+        x : Tensor, shape (..., n_frames + context - 1, n_bins)
         stride : int
             Leave out all but every `stride`-th response.
 
         Returns
         -------
-        Tensor, shape (batch, ceil(n_frames / stride), n_factors)
+        Tensor, shape (..., ceil(n_frames / stride), n_factors)
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         # one matrix product over copied windows: faster than any convolution of full height
-        windows = x.unfold(1, self.sizes.context, stride).transpose(2, 3).flatten(2)
+        windows = x.unfold(-2, self.sizes.context, stride).transpose(-2, -1).flatten(-2)
         return F.linear(windows, self.filters_x) * self.sizes.input_scale
 
     def y_factors(self, y):
-        """Filter responses to frames (batch, n_frames, n_bins): Tensor, shape (batch, n_frames, n_factors)."""
+        """Filter responses to frames (..., n_frames, n_bins): Tensor, shape (..., n_frames, n_factors)."""
         return F.linear(y, self.filters_y) * self.sizes.input_scale
 
     def mapping(self, x, y):

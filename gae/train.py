@@ -311,12 +311,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.settings, self.gather = model, train, gather
 
-    def forward(self, x1, y1, x2, y2):
-        """The terms of the loss for the two sides of a batch (see `gae.batches.Batch`).
+    def forward(self, x, y):
+        """The terms of the loss for a `gae.batches.Batch`, its two sides in the same products.
 
-        The original's objective rebuilds the transposed y2 from the mapping of (x1, y1) and the context x2: the mean squared
-        error. That of invariance rebuilds each side by the other's mapping, as a share of the power of y, and asks that
-        the two mappings of a frame be closer to each other than to those of other frames.
+        The original's objective rebuilds the transposed y[1] from the mapping of (x[0], y[0]) and the context x[1]: the mean
+        squared error. That of invariance rebuilds each side by the other's mapping, as a share of the power of y, and asks
+        that the two mappings of a frame be closer to each other than to those of other frames.
 
         Returns
         -------
@@ -324,19 +324,19 @@ class Objective(nn.Module):
             loss, reconstruction, and where they are used contrast and sparsity.
         """
         settings, model = self.settings, self.model
-        factors_1, factors_2 = (model.x_factors(x, settings.stride) for x in (x1, x2))
-        m1 = model.relate(factors_1, model.y_factors(y1))
+        factors = model.x_factors(x, settings.stride)
         if settings.objective == "reconstruction":
-            terms = {"reconstruction": (model.rebuild(m1, factors_2) - y2).square().mean()}
+            mapping = model.relate(factors[:1], model.y_factors(y[:1]))
+            terms = {"reconstruction": (model.rebuild(mapping, factors[1:]) - y[1:]).square().mean()}
         else:
-            m2 = model.relate(factors_2, model.y_factors(y2))
-            error = (model.rebuild(m2, factors_1) - y1).square().sum() + (model.rebuild(m1, factors_2) - y2).square().sum()
-            power = self.gather(y1.square().sum() + y2.square().sum()).mean()  # of all processes, as their losses are averaged
+            mapping = model.relate(factors, model.y_factors(y))
+            error = (model.rebuild(mapping.flip(0), factors) - y).square().sum()
+            power = self.gather(y.square().sum()).mean()  # of all processes, as their losses are averaged
             terms = {"reconstruction": error / power.clamp_min(1e-6)}
             if settings.contrast:
-                terms["contrast"] = contrast(self._groups(m1), self._groups(m2), settings.temperature)
+                terms["contrast"] = contrast(*map(self._groups, mapping), settings.temperature)
         if settings.sparsity:
-            terms["sparsity"] = sparsity(m1)
+            terms["sparsity"] = sparsity(mapping[0])
         decay = model.filters_x.square().sum() + model.filters_y.square().sum() if settings.weight_decay else 0.0
         loss = (
             terms["reconstruction"]

@@ -10,7 +10,6 @@ from gae.shards import Shards
 
 BINS, CONTEXT = tiny.CQT.n_bins, 5
 LENGTHS = [(60,), (300,), (90, 90, 80), (2100, 2100)]
-SIDES = ("x1", "y1", "x2", "y2")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def excerpts(shards, rank=0, world=1, **settings):
 
 
 def equal(one, other):
-    return all(np.array_equal(getattr(one, side), getattr(other, side)) for side in SIDES)
+    return all(map(np.array_equal, one, other))
 
 
 @pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
@@ -54,7 +53,7 @@ def test_x_is_the_context_directly_before_y(shards, objective, stride):
     made = excerpts(shards, objective=objective, stride=stride)
     for step in range(10):
         batch = made.batch(step)
-        for x, y in [*zip(batch.x1, batch.y1, strict=True), *zip(batch.x2, batch.y2, strict=True)]:
+        for x, y in zip(*(side.reshape(-1, *side.shape[2:]) for side in batch), strict=True):
             assert x.shape == (24 + CONTEXT - 1, BINS) and y.shape == (-(-24 // stride), BINS)
             assert x.dtype == y.dtype == np.float32
             x_line, x_view, x_times, x_shift = origin(x)
@@ -69,7 +68,7 @@ def drawn(made, n_steps):
     """Origins of both sides of all excerpts of some steps."""
     for step in range(n_steps):
         batch = made.batch(step)
-        for y1, y2 in zip(batch.y1, batch.y2, strict=True):
+        for y1, y2 in zip(*batch.y, strict=True):
             yield step, origin(y1), origin(y2)
 
 
@@ -114,7 +113,7 @@ def test_every_excerpt_of_a_line_is_drawn(shards):
 
 def test_what_is_shifted_out_is_gone(shards):
     batch = excerpts(shards, shift=200, batch=32).batch(0)
-    assert any(not y.any() for y in batch.y1)
+    assert any(not y.any() for y in batch.y[0])
 
 
 def test_draws_follow_from_the_seed_and_the_step_alone(shards):
@@ -134,13 +133,13 @@ def test_processes_together_see_what_one_sees(shards, objective, world):
     whole = excerpts(shards, objective=objective, dropout=0.5).batch(3)
     for rank in range(world):
         part = excerpts(shards, rank, world, objective=objective, dropout=0.5).batch(3)
-        assert all(np.array_equal(getattr(whole, side)[rank::world], getattr(part, side)) for side in SIDES)
+        assert all(np.array_equal(all_of[:, rank::world], some) for all_of, some in zip(whole, part, strict=True))
 
 
 def test_the_common_shift_does_not_depend_on_the_first_excerpt(shards):
     """Else the transposition of a batch would tell which line its first excerpt is from."""
     made = excerpts(shards, objective="reconstruction", shift=2)
-    draws = [(made.batch(step).y1[0], made.batch(step).y2[0]) for step in range(300)]
+    draws = [(made.batch(step).y[0, 0], made.batch(step).y[1, 0]) for step in range(300)]
     origins = [(origin(y1)[0], origin(y2)[3]) for y1, y2 in draws]
     for line in (1, 3):
         shifts = [shift for drawn_line, shift in origins if drawn_line == line]
@@ -152,21 +151,21 @@ def test_dropout_zeroes_its_share_of_x_and_scales_the_rest(shards, dropout):
     made = excerpts(shards, dropout=dropout)
     made._chunk = lambda key, number: np.ones((module._CHUNK, BINS), np.float32)
     batch = made.batch(0)
-    for x, y in ((batch.x1, batch.y1), (batch.x2, batch.y2)):
+    for x, y in zip(*batch, strict=True):
         for excerpt, frames in zip(x, y, strict=True):
             sounding = frames[0] > 0
             kept = excerpt[:, sounding]
             assert set(np.unique(kept)) <= {0, np.float32(1 / (1 - dropout))}
             assert np.mean(kept == 0) == pytest.approx(dropout, abs=0.1)
             assert frames.max() == 1
-    assert np.mean(batch.x1[:, :, 17] == 0) == pytest.approx(dropout, abs=0.15)
+    assert np.mean(batch.x[0][:, :, 17] == 0) == pytest.approx(dropout, abs=0.15)
 
 
 def test_the_sides_of_invariance_are_dropped_apart(shards):
     made = excerpts(shards, dropout=0.5, shift=0)
     made._chunk = lambda key, number: np.ones((module._CHUNK, BINS), np.float32)
     batch = made.batch(0)
-    assert np.mean((batch.x1 == 0) == (batch.x2 == 0)) == pytest.approx(0.5, abs=0.05)
+    assert np.mean((batch.x[0] == 0) == (batch.x[1] == 0)) == pytest.approx(0.5, abs=0.05)
 
 
 def test_the_original_transposes_what_was_dropped(shards):
@@ -176,7 +175,7 @@ def test_the_original_transposes_what_was_dropped(shards):
     made._chunk = lambda key, number: whole
     for step in range(6):
         batch = made.batch(step)
-        for x1, y1, x2, y2 in zip(*(getattr(batch, side) for side in SIDES), strict=True):
+        for x1, y1, x2, y2 in zip(batch.x[0], batch.y[0], batch.x[1], batch.y[1], strict=True):
             shift = next(k for k in range(-9, 10) if np.array_equal(transpose(y1, k), y2))
             assert np.array_equal(transpose(x1, shift), x2)
             assert (x1 == 0).mean() == pytest.approx(0.5, abs=0.1)
@@ -202,7 +201,7 @@ def test_batches_take_turns_in_the_same_memory(shards):
     seen = []
     for step, batch in enumerate(made.batches(0, 5)):
         assert equal(batch, other.batch(step))
-        seen.append(batch.x2)
+        seen.append(batch.x[1])
     assert np.shares_memory(seen[0], seen[2]) and np.shares_memory(seen[1], seen[3]) and not np.shares_memory(seen[3], seen[4])
 
 
@@ -228,7 +227,7 @@ def test_tracks_shorter_than_an_excerpt_are_left_out(shards):
 
 def test_a_track_of_just_one_excerpt_will_do(shards):
     made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=60 - CONTEXT, batch=3, stride=1, dropout=0.0, shift=16))
-    assert all(origin(y)[2][0] == CONTEXT for y in made.batch(0).y1 if y.any())
+    assert all(origin(y)[2][0] == CONTEXT for y in made.batch(0).y[0] if y.any())
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(shards):
