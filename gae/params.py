@@ -128,6 +128,7 @@ class Train(Section):
     averaging: float = Field(0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0 keeps the last")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of the matrix products")
     dtype: Literal["float16", "float32"] = Field("float16", description="type in which the weights are stored")
+    compile: bool = Field(False, description="fuse the step's small operations by torch.compile: faster after about half a minute")
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
     devices: int = Field(1, ge=1, le=1024, description="processes or GPUs on each host")
     nodes: int = Field(1, ge=1, le=1024, description="hosts")

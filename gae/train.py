@@ -143,7 +143,8 @@ class Run:
         self.average = copy.deepcopy(self.model).requires_grad_(False).to(fabric.device)
         self.best, self.good = copy.deepcopy(self.average), copy.deepcopy(self.average)
         optimisers = optimisers_of(self.model, params.train)
-        self.objective, *self.optimisers = fabric.setup(Objective(self.model, params.train, _gatherer(fabric)), *optimisers)
+        objective = Objective(self.model, params.train, _gatherer(fabric))
+        self.objective, *self.optimisers = fabric.setup(_compiled(objective) if params.train.compile else objective, *optimisers)
 
         self.step, self.history, self.seconds = 0, [], 0.0
         self.best_score, self.best_step, self.fruitless = -1.0, 0, 0
@@ -172,8 +173,14 @@ class Run:
         train = self.params.train
         for group in [group for optimiser in self.optimisers for group in optimiser.param_groups]:
             group["lr"] = group["initial_lr"] * schedule(self.step, train)
-        terms = self.objective(*(torch.from_numpy(array).to(self.fabric.device) for array in batch))
-        self.fabric.backward(terms["loss"])
+        try:
+            terms = self.objective(*(torch.from_numpy(array).to(self.fabric.device) for array in batch))
+            self.fabric.backward(terms["loss"])
+        except RuntimeError as error:
+            if not train.compile:
+                raise
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())
+            raise TrainingError(f"train.compile: {reason}; install a C++ compiler, or set it to false") from None
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -435,6 +442,11 @@ def schedule(step, train):
 def recipe_of(train):
     """The parameters on which the weights depend."""
     return train.model_dump(exclude=_RUNTIME)
+
+
+def _compiled(objective):
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # of PyTorch to itself
+    return torch.compile(objective)
 
 
 def _gatherer(fabric):

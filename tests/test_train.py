@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -480,6 +481,24 @@ def test_tracks_too_short_are_neither_trained_nor_validated_on(tmp_path, quiet):
         learn(recipe(validation=0.5), tmp_path / "short", tmp_path)
     tiny.write_shards(tmp_path / "some", [*frames, [tiny.music(27, 5)]])
     learn(recipe(validation=0.5, steps=3), tmp_path / "some", tmp_path)
+
+
+def test_a_compiled_step_learns_the_same(shards, tmp_path, quiet, monkeypatch):
+    # traced and differentiated as ever, but run without a compiler, which takes half a minute
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for choice in (False, True):
+        learn(recipe(steps=10, compile=choice), shards, tmp_path / str(choice))
+    plain, compiled = (read_json(tmp_path / str(choice) / "metrics.json") for choice in (False, True))
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_without_a_compiler_one_line_says_so(shards, tmp_path, quiet, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("No working C++ compiler found\n\nand more")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    with pytest.raises(TrainingError, match=r"^train\.compile: .*No working C\+\+ compiler found; install .* false$"):
+        learn(recipe(compile=True), shards, tmp_path)
 
 
 def test_a_device_that_is_not_there_is_one_line(shards, tmp_path):
