@@ -65,7 +65,7 @@ class Cqt(Section):
     n_bins: int = Field(120, ge=2, le=2000, description="number of bins")
     bins_per_octave: int = Field(24, ge=1, le=240, description="bins an octave")
     compression: Literal["log", "none"] = Field("log", description="of the magnitudes c: log(1 + gain c / max c), or none")
-    gain: float = Field(200.0, gt=0, le=1e6, description="gain of the logarithm, relative to the track's largest magnitude")
+    gain: float = Field(1000.0, gt=0, le=1e6, description="gain of the logarithm, relative to the track's largest magnitude")
 
     @property
     def frame_seconds(self):
@@ -322,7 +322,7 @@ def _allowed(loc):
     field = Params.model_fields[loc[0]].annotation.model_fields[loc[1]]
     if get_origin(field.annotation) is Literal:
         return " or ".join(str(choice) for choice in get_args(field.annotation))
-    words = {int: "an integer", float: "a number", str: "a text"}[field.annotation]
+    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}[field.annotation]
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "of the form", "min_length": "of length >="}
     rules = [(sign, getattr(rule, name, None)) for rule in field.metadata for name, sign in signs.items()]
     limits = [f"{sign} {limit}" for sign, limit in rules if limit is not None]

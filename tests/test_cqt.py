@@ -159,7 +159,7 @@ def test_extreme_levels_stay_finite(level):
 
 def test_compression_by_hand():
     magnitudes = np.array([[0, 1, 4]], np.float32)
-    assert np.allclose(compress(magnitudes, 4.0, CQT), np.log([[1, 51, 201]]))
+    assert np.allclose(compress(magnitudes, 4.0, CQT), np.log([[1, 251, 1001]]))
     assert np.array_equal(compress(magnitudes, 4.0, CQT.model_copy(update={"compression": "none"})), magnitudes)
 
 
