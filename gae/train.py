@@ -27,7 +27,7 @@ from gae.checkpoints import Checkpoints
 from gae.compute import keep_memory
 from gae.cqt import transpose
 from gae.errors import TrainingError
-from gae.files import digest, read_json, sweep, write_json
+from gae.files import digest, read_json, replacing, write_json
 from gae.locks import alone
 from gae.measures import invariance_top1
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
@@ -253,15 +253,18 @@ class Run:
 
 
 class View:
-    """What a person sees of a run: the bar, DVCLive's curves, drawings of the network and the losses."""
+    """What a person sees of a run: the bar, DVCLive's curves, drawings of the network and the losses.
+
+    Drawings are kept beside the checkpoint too: `dvc exp run` first puts back the outputs of the last run that ended.
+    """
 
     def __init__(self, run, curves, drawings):
-        if run.step == 0:
-            for folder in (curves, drawings):
-                shutil.rmtree(folder, ignore_errors=True)
-        self.drawings = Path(drawings)
-        self.drawings.mkdir(parents=True, exist_ok=True)
-        sweep(self.drawings)
+        self.kept, self.drawings = run.store.folder / "drawings", Path(drawings)
+        for folder in (self.drawings, *((curves, self.kept) if run.step == 0 else ())):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (self.drawings, self.kept):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._show_kept()
         self.live = _Live(str(curves), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
         for row in run.history:
             self._log(row)
@@ -276,8 +279,9 @@ class View:
         due = run.step // run.params.plot.interval > self.bar.n // run.params.plot.interval
         self.bar.update(run.step - self.bar.n)
         if due or run.ended:
-            plot.draw_network(run.average, run.shards.cqt, self.frames, self.drawings, run.step)
-            plot.draw_losses(run.history, self.drawings / "loss.png")
+            plot.draw_network(run.average, run.shards.cqt, self.frames, self.kept, run.step)
+            plot.draw_losses(run.history, self.kept / "loss.png")
+            self._show_kept()
 
     def __enter__(self):
         return self
@@ -286,6 +290,11 @@ class View:
         """Finish the bar and the curves."""
         self.bar.close()
         self.live.end()
+
+    def _show_kept(self):
+        for drawing in self.kept.glob("*.png"):
+            with replacing(self.drawings / drawing.name, durable=False) as partial:
+                shutil.copyfile(drawing, partial)
 
     def _log(self, row):
         self.live.step = row["step"]

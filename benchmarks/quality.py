@@ -1,0 +1,55 @@
+"""How long training takes, from nothing, to be better than the weights that the original implementation publishes.
+
+    python benchmarks/quality.py [--steps 200 800] [--corpus data/corpus] [--shards data/shards/train]
+
+For each number of steps: seconds from the start of stages/train.py to its end, and how the weights then do on the held-out pieces of
+the built-in corpus, beside those of ../shared/data/cgae_pretrained.npz. Run it after `dvc repro preprocess`.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from published import SHARED, alignment, features_of, invariance
+
+import gae
+from gae.evaluate import heldout_file, heldout_pieces
+from gae.weights import from_arrays
+
+
+def train(steps, shards, folder):
+    """Train from nothing by the defaults: (seconds, model)."""
+    weights = Path(folder) / f"{steps}.safetensors"
+    places = {"model": weights, "metrics": f"{folder}/metrics.json"}
+    places |= {name: f"{folder}/{name}-{steps}" for name in ("curves", "drawings", "checkpoints")}
+    options = [str(word) for name, place in places.items() for word in (f"--{name}", place)]
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "stages/train.py", "--shards", shards, "-S", f"train.steps={steps}", *options], check=True)
+    return time.perf_counter() - began, gae.load_model(weights)
+
+
+def judge(model, corpus):
+    """Top-1 for one frame and for eight, and beats of the transposed score within each tolerance, as text."""
+    pieces = heldout_pieces(corpus)
+    pairs = [(*(heldout_file(corpus, piece, take) for take in ("original", "transposed")), piece["k"]) for piece in pieces]
+    found = invariance(pairs, lambda path, k: features_of(path, model))
+    beats = alignment(corpus, model, "transposed")
+    return f"top-1 {' / '.join(f'{share:.1f}' for share in found)} %, beats {' / '.join(f'{share:.1f}' for share in beats)} %"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 800])
+    parser.add_argument("--corpus", default="data/corpus")
+    parser.add_argument("--shards", default="data/shards/train")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        trained = {steps: train(steps, given.shards, folder) for steps in given.steps}
+    if (SHARED / "cgae_pretrained.npz").exists():
+        print(f"published weights         {judge(from_arrays(**np.load(SHARED / 'cgae_pretrained.npz')), given.corpus)}", flush=True)
+    for steps, (seconds, model) in trained.items():
+        print(f"{steps:5} steps in {seconds:6.1f} s  {judge(model, given.corpus)}", flush=True)
