@@ -27,10 +27,13 @@ class Batch(NamedTuple):
         Context with dropout.
     y : ndarray of float32, shape (2, n_excerpts, ceil(block / stride), n_bins)
         Every `stride`-th frame of the block: y[side, n, i] goes with x[side, n, i * stride : i * stride + context].
+    one_view : ndarray of bool, shape (n_excerpts,)
+        Whether both sides are of the same view, and so differ by a transposition alone.
     """
 
     x: np.ndarray
     y: np.ndarray
+    one_view: np.ndarray
 
 
 class Excerpts:
@@ -81,19 +84,20 @@ class Excerpts:
         common = np.random.default_rng([self.train.seed, step, self.train.batch])
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
         self._sides.fill(0)
+        one_view = np.empty(len(self.own), bool)
         masks = np.zeros(self._sides.shape, np.float32)[:, :, :-1] if self.train.dropout else None
         for place, n in enumerate(self.own):
             rng = np.random.default_rng([self.train.seed, step, n])
-            shifts = self._draw(rng, shift, self._sides[:, place])
+            shifts, one_view[place] = self._draw(rng, shift, self._sides[:, place])
             if self.train.dropout:
                 self._mask(rng, shifts, masks[:, place])
         sides = np.empty(self._sides.shape, np.float32) if room is None else room
         torch.from_numpy(sides).copy_(torch.from_numpy(self._sides))  # NumPy takes several times as long
         x, y = sides[:, :, :-1], sides[:, :, self.context :: self.train.stride]
-        return Batch(x * masks if self.train.dropout else x, y)
+        return Batch(x * masks if self.train.dropout else x, y, one_view)
 
     def _draw(self, rng, common_shift, sides):
-        """Put an excerpt's two sides (2, length, n_bins) into `sides`, which is zero; the shifts of both."""
+        """Put an excerpt's two sides (2, length, n_bins) into `sides`, which is zero; the shifts of both, and whether of one view."""
         train = self.train
         line = self.lines[int(np.searchsorted(self._until, rng.integers(self._until[-1]), side="right"))]
         start = int(rng.integers(_common_length(line) - self.length + 1))
@@ -106,7 +110,7 @@ class Excerpts:
                 views[1] = (views[0] + int(rng.integers(1, len(line)))) % len(line)
         for side, view, shift in zip(sides, views, shifts, strict=True):
             self._read(line[view].key, start, shift, side)
-        return shifts
+        return shifts, views[0] == views[1]
 
     def _mask(self, rng, shifts, masks):
         """Put inverted dropout into `masks` (2, length - 1, n_bins): zeros, and 1 / (1 - dropout) elsewhere."""

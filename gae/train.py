@@ -327,12 +327,13 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.settings, self.gather = model, train, gather
 
-    def forward(self, x, y):
+    def forward(self, x, y, one_view):
         """The terms of the loss for a `gae.batches.Batch`, its two sides in the same products.
 
         The original's objective rebuilds the transposed y[1] from the mapping of (x[0], y[0]) and the context x[1]: the mean
-        squared error. That of invariance rebuilds each side by the other's mapping, as a share of the power of y, and asks
-        that the two mappings of a frame be closer to each other than to those of other frames.
+        squared error. That of invariance rebuilds each side by the other's mapping, or by its own where the other is another
+        view, which no mapping can foresee; the error is a share of the power of y. And it asks that the two mappings of a
+        frame be closer to each other than to those of other frames.
 
         Returns
         -------
@@ -346,7 +347,8 @@ class Objective(nn.Module):
             terms = {"reconstruction": (model.rebuild(mapping, factors[1:]) - y[1:]).square().mean()}
         else:
             mapping = model.relate(factors, model.y_factors(y))
-            error = (model.rebuild(mapping.flip(0), factors) - y).square().sum()
+            given = torch.where(one_view[:, None, None], mapping.flip(0), mapping)
+            error = (model.rebuild(given, factors) - y).square().sum()
             power = self.gather(y.square().sum()).mean()  # of all processes, as their losses are averaged
             terms = {"reconstruction": error / power.clamp_min(1e-6)}
             if settings.contrast:

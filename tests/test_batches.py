@@ -53,7 +53,7 @@ def test_x_is_the_context_directly_before_y(shards, objective, stride):
     made = excerpts(shards, objective=objective, stride=stride)
     for step in range(10):
         batch = made.batch(step)
-        for x, y in zip(*(side.reshape(-1, *side.shape[2:]) for side in batch), strict=True):
+        for x, y in zip(*(side.reshape(-1, *side.shape[2:]) for side in (batch.x, batch.y)), strict=True):
             assert x.shape == (24 + CONTEXT - 1, BINS) and y.shape == (-(-24 // stride), BINS)
             assert x.dtype == y.dtype == np.float32
             x_line, x_view, x_times, x_shift = origin(x)
@@ -100,6 +100,13 @@ def test_positives_come_from_another_view_at_the_asked_share(shards, share):
     assert used == {0, 1, 2}
 
 
+def test_a_batch_says_which_excerpts_have_one_view_on_both_sides(shards):
+    made = excerpts(shards, view_share=0.5)
+    for batch in map(made.batch, range(20)):
+        for y1, y2, one_view in zip(*batch.y, batch.one_view, strict=True):
+            assert one_view == (origin(y1)[1] == origin(y2)[1])
+
+
 def test_lines_are_drawn_by_their_length(shards):
     lines = [line for _, (line, *_), _ in drawn(excerpts(shards), 150)]
     lengths = np.array([min(views) for views in LENGTHS])
@@ -133,7 +140,8 @@ def test_processes_together_see_what_one_sees(shards, objective, world):
     whole = excerpts(shards, objective=objective, dropout=0.5).batch(3)
     for rank in range(world):
         part = excerpts(shards, rank, world, objective=objective, dropout=0.5).batch(3)
-        assert all(np.array_equal(all_of[:, rank::world], some) for all_of, some in zip(whole, part, strict=True))
+        assert all(np.array_equal(getattr(whole, side)[:, rank::world], getattr(part, side)) for side in ("x", "y"))
+        assert np.array_equal(whole.one_view[rank::world], part.one_view)
 
 
 def test_the_common_shift_does_not_depend_on_the_first_excerpt(shards):
@@ -151,7 +159,7 @@ def test_dropout_zeroes_its_share_of_x_and_scales_the_rest(shards, dropout):
     made = excerpts(shards, dropout=dropout)
     made._chunk = lambda key, number: np.ones((module._CHUNK, BINS), np.float32)
     batch = made.batch(0)
-    for x, y in zip(*batch, strict=True):
+    for x, y in zip(batch.x, batch.y, strict=True):
         for excerpt, frames in zip(x, y, strict=True):
             sounding = frames[0] > 0
             kept = excerpt[:, sounding]
@@ -186,7 +194,7 @@ def test_frames_are_kept_as_they_are_stored(tmp_path, dropout):
     tiny.write_shards(tmp_path / "shards", [[tiny.frames(120)]], dtype="float16")
     with Shards(tmp_path / "shards") as half:
         made = excerpts(half, dropout=dropout)
-        assert {array.dtype for array in made.batch(0)} == {np.dtype(np.float32)}
+        assert {array.dtype for array in made.batch(0)[:2]} == {np.dtype(np.float32)}
         assert made._chunk(half.lines[0][0].key, 0).dtype == np.float16
 
 
