@@ -16,7 +16,7 @@ from gae.files import read_json, write_json
 VARIATIONS = {
     "default": [],
     "reconstruction-objective": ["train.objective=reconstruction"],
-    "reconstruction-last": ["train.objective=reconstruction", "train.validation=0"],  # no early weights, which invariance may select
+    "reconstruction-last": ["train.objective=reconstruction", "train.validation=0"],  # the last weights: by invariance, early ones are chosen
     "default-last": ["train.validation=0"],
     "original-objective": ["train.objective=reconstruction", "train.sparsity=1e-5", "train.shift=60", "train.dropout=0.5"],
     "contrast-0": ["train.contrast=0"],
@@ -83,7 +83,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", default=list(VARIATIONS), choices=VARIATIONS)
+    parser.add_argument("--only", nargs="+", default=[name for name in VARIATIONS if not name.endswith("-last")], choices=VARIATIONS)
     parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
     given = parser.parse_args()
     results = read_json(given.out) if given.out.exists() else {}
