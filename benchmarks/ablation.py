@@ -16,7 +16,7 @@ from gae.files import read_json, write_json
 VARIATIONS = {
     "default": [],
     "reconstruction-objective": ["train.objective=reconstruction"],
-    "reconstruction-last": ["train.objective=reconstruction", "train.validation=0"],  # the last weights: by invariance, early ones are chosen
+    "reconstruction-last": ["train.objective=reconstruction", "train.validation=0"],  # invariance would select early weights
     "default-last": ["train.validation=0"],
     "original-objective": ["train.objective=reconstruction", "train.sparsity=1e-5", "train.shift=60", "train.dropout=0.5"],
     "contrast-0": ["train.contrast=0"],
