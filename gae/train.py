@@ -209,16 +209,19 @@ class Run:
         return None
 
     def validate(self):
-        """Score the averaged weights on the tracks kept for it; without such tracks the newest are the best."""
+        """Score the averaged weights on the tracks kept for it, and keep the newest that are as good as the best.
+
+        Scores within a standard error of each other tell nothing apart, and later weights rebuild better: the one-standard-error
+        rule of L. Breiman et al., Classification and Regression Trees, 1984. Without such tracks the newest are the best.
+        """
         score = self.validation.score(self.average)
-        if score is None or score > self.best_score:
-            self.best.load_state_dict(self.average.state_dict())
-            self.best_step, self.fruitless = self.step, 0
-        else:
-            self.fruitless += 1
         if score is not None:
+            self.fruitless = 0 if score > self.best_score else self.fruitless + 1
             self.best_score = max(self.best_score, score)
             self.history[-1]["validation_top1"] = score
+        if score is None or score >= self.best_score - self.validation.error(self.best_score):
+            self.best.load_state_dict(self.average.state_dict())
+            self.best_step = self.step
 
     def checkpoint(self):
         """Save the whole state if the last time is long enough ago."""
@@ -407,6 +410,10 @@ class Validation:
         with torch.inference_mode():
             mappings = [model.mapping(w[:, :-1].to(device), w[:, -1:].to(device))[:, 0].cpu().numpy() for w in self.windows]
         return float(np.mean(invariance_top1(*mappings)))
+
+    def error(self, score):
+        """Standard error of a score, the share of so many frames."""
+        return math.sqrt(score * (1 - score) / len(self.windows[0]))
 
 
 def split(lines, share):
