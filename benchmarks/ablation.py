@@ -68,7 +68,7 @@ def table(results):
     """The results as a Markdown table: means over the seeds."""
     titles = ["experiment", "seeds", "top-1, 1 frame", "8 frames", "beats within 50 ms", "100 ms", "reconstruction error"]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
-    for name in [name for name in VARIATIONS if name in results]:
+    for name in filter(results.get, VARIATIONS):
         rows = list(results[name].values())
         means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
         spread = f" ({min(row['top1'] for row in rows):.1f} to {max(row['top1'] for row in rows):.1f})" if len(rows) > 1 else ""
@@ -83,7 +83,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", default=[name for name in VARIATIONS if not name.endswith("-last")], choices=VARIATIONS)
+    parser.add_argument("--only", nargs="+", default=list(VARIATIONS), choices=VARIATIONS)
     parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
     given = parser.parse_args()
     results = read_json(given.out) if given.out.exists() else {}

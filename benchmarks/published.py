@@ -91,6 +91,12 @@ def recording_pairs(source, folder, count=24):
     return pairs
 
 
+def corpus_pairs(corpus):
+    """The held-out pieces of the built-in corpus: a list of (original, transposed, semitones)."""
+    takes = ("original", "transposed")
+    return [(*(heldout_file(corpus, piece, take) for take in takes), piece["k"]) for piece in heldout_pieces(corpus)]
+
+
 @cache
 def frames_of(path, cqt):
     """Frames of an audio file: (n_frames, n_bins)."""
@@ -148,9 +154,7 @@ if __name__ == "__main__":
             if Path(music).exists() and shutil.which("rubberband"):
                 sets[name] = recording_pairs(music, Path(folder))
         if Path(given.corpus, "corpus.json").exists():
-            pieces = heldout_pieces(given.corpus)
-            takes = [[heldout_file(given.corpus, piece, take) for take in ("original", "transposed")] for piece in pieces]
-            sets["corpus"] = [(*paths, piece["k"]) for paths, piece in zip(takes, pieces, strict=True)]
+            sets["corpus"] = corpus_pairs(given.corpus)
         kinds = {label: partial(lambda model, path, k: features_of(path, model), model) for label, model in models.items()}
         kinds["CQT back"] = lambda path, k: shifted_back(path, ours, k)
         for name, pairs in sets.items():

@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from published import SHARED, alignment, features_of, invariance
+from published import SHARED, alignment, corpus_pairs, features_of, invariance
 
 import gae
-from gae.evaluate import heldout_file, heldout_pieces
 from gae.weights import from_arrays
 
 
@@ -34,11 +33,9 @@ def train(steps, shards, folder):
 
 def judge(model, corpus):
     """Top-1 for one frame and for eight, and beats of the transposed score within each tolerance, as text."""
-    pieces = heldout_pieces(corpus)
-    pairs = [(*(heldout_file(corpus, piece, take) for take in ("original", "transposed")), piece["k"]) for piece in pieces]
-    found = invariance(pairs, lambda path, k: features_of(path, model))
-    beats = alignment(corpus, model, "transposed")
-    return f"top-1 {' / '.join(f'{share:.1f}' for share in found)} %, beats {' / '.join(f'{share:.1f}' for share in beats)} %"
+    shares = invariance(corpus_pairs(corpus), lambda path, k: features_of(path, model)), alignment(corpus, model, "transposed")
+    found, beats = (" / ".join(f"{share:.1f}" for share in some) for some in shares)
+    return f"top-1 {found} %, beats {beats} %"
 
 
 if __name__ == "__main__":

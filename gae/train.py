@@ -125,7 +125,7 @@ class Run:
     history : list of dict
         A row for each pause: step and mean losses since the last, and the validation's score where there was one.
     model, average, best : GatedAutoencoder
-        The weights being trained, their moving average, and the average that did best at validation.
+        The weights being trained, their moving average, and the newest average that validation can't tell from the best.
     """
 
     def __init__(self, fabric, params, shards, checkpoints):
@@ -176,9 +176,7 @@ class Run:
         try:
             terms = self.objective(*(torch.from_numpy(array).to(self.fabric.device) for array in batch))
             self.fabric.backward(terms["loss"])
-        except RuntimeError as error:
-            if not train.compile:
-                raise
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # at the first step; no public name tells it from other failures
             reason = " ".join(str(error).strip().split("\n\n")[0].split())
             raise TrainingError(f"train.compile: {reason}; install a C++ compiler, or set it to false") from None
         for optimiser in self.optimisers:
@@ -248,7 +246,7 @@ class Run:
             self.write(path, self.good)
 
     def metrics(self):
-        """What `dvc metrics` shows of training: final losses, the best validation, speed in frames a second."""
+        """What `dvc metrics` shows of training: final losses and validation, the step of the weights kept, speed in frames a second."""
         train = self.params.train
         frames = self.step * train.batch * math.ceil(train.block / train.stride)
         final = {name: round(value, 5) for name, value in self.history[-1].items() if name != "step"}
@@ -263,7 +261,8 @@ class View:
 
     def __init__(self, run, curves, drawings):
         self.kept, self.drawings = run.store.folder / "drawings", Path(drawings)
-        for folder in (self.drawings, *((curves, self.kept) if run.step == 0 else ())):
+        stale = [self.drawings] if run.step else [self.drawings, self.kept, curves]
+        for folder in stale:
             shutil.rmtree(folder, ignore_errors=True)
         for folder in (self.drawings, self.kept):
             folder.mkdir(parents=True, exist_ok=True)
@@ -295,6 +294,7 @@ class View:
         self.live.end()
 
     def _show_kept(self):
+        """Copy what is kept to where it is looked for."""
         for drawing in self.kept.glob("*.png"):
             with replacing(self.drawings / drawing.name, durable=False) as partial:
                 shutil.copyfile(drawing, partial)
@@ -412,7 +412,7 @@ class Validation:
         return float(np.mean(invariance_top1(*mappings)))
 
     def error(self, score):
-        """Standard error of a score, the share of so many frames."""
+        """Standard error of a score in [0, 1], a share of the frames: sqrt(score (1 - score) / n_frames)."""
         return math.sqrt(score * (1 - score) / len(self.windows[0]))
 
 

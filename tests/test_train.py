@@ -204,7 +204,8 @@ def test_a_changed_parameter_starts_afresh(shards, tmp_path, quiet, crash, chang
     with pytest.raises(Crash):
         learn(recipe(**change), shards, tmp_path)
     assert done == list(range(30))
-    assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) == 1  # the other recipe's is gone
+    left = {path.suffix for path in (tmp_path / "checkpoints").iterdir() if path.name != "drawings"}
+    assert left == {".safetensors"} and len(list((tmp_path / "checkpoints").iterdir())) == 2  # the other recipe's is gone
     crash(None)
     learn(recipe(**change), shards, tmp_path)
     assert done[0] == 25 and not (tmp_path / "checkpoints").exists()
@@ -515,6 +516,16 @@ def test_without_a_compiler_one_line_says_so(shards, tmp_path, quiet, monkeypatc
         learn(recipe(compile=True), shards, tmp_path)
 
 
+def test_other_failures_of_a_compiled_step_are_not_blamed_on_the_compiler(shards, tmp_path, quiet, monkeypatch):
+    def full(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda objective: objective)
+    monkeypatch.setattr(module.Objective, "forward", full)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        learn(recipe(compile=True), shards, tmp_path)
+
+
 def test_a_device_that_is_not_there_is_one_line(shards, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -541,6 +552,7 @@ def test_validation_knows_invariant_features_from_others(tmp_path):
         assert validation.score(Fake(intervals)) > 0.8 and validation.score(Fake(lambda x, y: y)) < 0.1
         assert validation.score(Fake(intervals)) == Validation(read, read.lines, 3, seed=1).score(Fake(intervals))
         assert Validation(read, [], 3, seed=1).score(Fake(intervals)) is None
+        assert validation.error(0.5) == pytest.approx(0.5 / math.sqrt(1200)) and validation.error(0) == validation.error(1) == 0
 
 
 def test_training_learns(tmp_path, quiet, monkeypatch):
@@ -559,7 +571,9 @@ def test_training_learns(tmp_path, quiet, monkeypatch):
     assert curves["validation_top1"].max() > 3 * curves["validation_top1"][0] + 0.1
     model = load_model(tmp_path / "gae.safetensors")
     scores = curves["validation_top1"]
-    assert scores[model.facts["step"] // 25 - 1] >= scores.max() - 0.05 and model.facts["step"] >= 25 * (1 + scores.argmax())
+    best = np.maximum.accumulate(scores)
+    as_good = np.flatnonzero(scores >= best - np.sqrt(best * (1 - best) / 100))
+    assert model.facts["step"] == 25 * (1 + as_good[-1])
 
 
 # Real processes
