@@ -7,6 +7,7 @@ import pytest
 import strangers
 from hypothesis import HealthCheck, given, settings
 
+from gae.compute import keep_memory
 from gae.errors import FormatError
 
 
@@ -66,3 +67,12 @@ def test_what_should_never_happen_is_seen(tmp_path, monkeypatch, read, said):
     target = strangers.Target("test", "stranger", lambda path: read(), None, None)
     with strangers.furnished(target, tmp_path):
         assert strangers.outcome(target, b"any bytes").startswith(said)
+
+
+def test_memory_is_seen_that_the_process_had_from_before(tmp_path):
+    keep_memory()
+    blocks = [bytearray(16 << 20) for _ in range(2 * strangers.MEMORY >> 24)]
+    blocks.clear()
+    target = strangers.Target("test", "stranger", lambda path: grow(), None, None)
+    with strangers.furnished(target, tmp_path):
+        assert strangers.outcome(target, b"any bytes").startswith("took ")
