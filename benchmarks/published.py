@@ -3,7 +3,8 @@
     python benchmarks/published.py [--weights FILE ...] [--soundfont FILE.sf2] [--corpus data/corpus]
 
 piano       the JKU Patterns Development Database (../shared/data/jkupdd) played with a SoundFont of your choice (Debian's
-            fluid-soundfont-gm has one), human-like in time and loudness, as written and transposed by -6 to 6 semitones
+            fluid-soundfont-gm has one), human-like in time and loudness, as written and transposed by -6 to 6 semitones;
+            also alignment of a rendering at a steady tempo with a freely timed performance on another piano, pedal down
 wesnoth, hyperrogue, warzone2100, singularity
             one minute each of up to 24 pieces of the music of a game (Debian's packages wesnoth-1.16-music, hyperrogue-music,
             warzone2100-music, singularity-music), as it is and shifted by Rubber Band (rubberband-cli)
@@ -15,9 +16,11 @@ weights stands the constant-Q transform of the shipped model, moved back by the 
 
 import argparse
 import io
+import math
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from tqdm import tqdm
 
 import gae
 from gae import audio
+from gae.corpus import NOTE, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
 from gae.cqt import frames, transpose
 from gae.evaluate import TOLERANCES, heldout_file, heldout_pieces
 from gae.features import extract_frames
@@ -41,6 +45,8 @@ RECORDINGS = {
     "warzone2100": "/usr/share/games/warzone2100/music",
     "singularity": "/usr/share/games/singularity/music",
 }
+TEMPI = {"wtc2f20": 84, "sonata01-3": 192, "mazurka24-4": 138, "silverswan": 54, "sonata04-2": 120}  # quarter notes a minute
+FREE = Manner(rubato=0.15, jitter=0.015, dynamics=14.0, accents=8.0, slowing=0.5, held=(0.6, 1.05))
 SHIFTS = [k for k in range(-6, 7) if k]
 FRAMES, STACK, HOP = 100, 8, 2  # frames a track, frames stacked, frames pooled for alignment
 
@@ -73,6 +79,47 @@ def piano_pairs(soundfont, folder):
                 rendered[-1].write_bytes(wave)
             pairs.append((*rendered, k))
     return pairs
+
+
+def piano_performances(soundfont, folder):
+    """Alignments to make with the JKUPDD pieces: a list of dict.
+
+    original, transposed, performance: audio files; beats: score and performance, times in s of the same beats.
+    """
+    tasks = []
+    for number, (name, tempo) in enumerate(TEMPI.items()):
+        table = np.loadtxt(SHARED / "jkupdd" / f"{name}-poly.csv", delimiter=",")
+        table = table[table[:, 0] < tempo]  # the first minute
+        for take in range(3):
+            rng = np.random.default_rng([number, take])
+            notes = np.zeros(len(table), NOTE)
+            notes["onset"], notes["pitch"], notes["length"] = table[:, 0] - table[:, 0].min(), table[:, 1], table[:, 3]
+            steady, free = perform(notes, tempo, STEADY, rng), perform(notes, tempo * rng.uniform(0.75, 1.25), FREE, rng)
+            lifted = free.times(2 * np.ceil(free.quarters_at(free.ends) / 2))  # the pedal, every two quarters
+            free = replace(free, ends=np.where(rng.random(len(notes)) < 0.5, lifted, free.ends))
+            beats = np.arange(math.ceil(notes["onset"].max()))
+            task = {"beats": {"score": steady.times(beats), "performance": free.times(beats)}}
+            takes = {
+                "original": Take(steady, (0,), 0),
+                "transposed": Take(steady, (0,), int(rng.choice(SHIFTS))),
+                "performance": Take(free, (1,), 0),
+            }
+            for kind, played in takes.items():
+                task[kind] = folder / f"{name}-{take}-{kind}.wav"
+                samples = synthesise(notes, played, played.performance.duration, Path(soundfont).read_bytes())
+                soundfile.write(task[kind], samples, SAMPLE_RATE)
+            tasks.append(task)
+    return tasks
+
+
+def corpus_performances(corpus):
+    """Alignments to make with the held-out pieces of the built-in corpus, as `piano_performances`."""
+    takes = ("original", "transposed", "performance")
+    return [
+        {"beats": piece["beats"]} | {take: heldout_file(corpus, piece, take) for take in takes}
+        for piece in heldout_pieces(corpus)
+        if piece["beats"]["score"]
+    ]
 
 
 def recording_pairs(source, folder, count=24):
@@ -125,14 +172,14 @@ def invariance(pairs, represent):
     return [100 * invariance_top1(np.concatenate(queries[n]), np.concatenate(candidates[n])).mean() for n in queries]
 
 
-def alignment(corpus, model, take):
-    """Beats in percent within each tolerance when the rendering `take` is aligned with the performance."""
+def alignment(tasks, model, take):
+    """Beats in percent within each tolerance when the rendering `take`, original or transposed, is aligned with the performance."""
     shares = []
-    for piece in tqdm([piece for piece in heldout_pieces(corpus) if piece["beats"]["score"]], leave=False):
-        score, performance = (pool(features_of(heldout_file(corpus, piece, name), model), HOP) for name in (take, "performance"))
+    for task in tqdm(tasks, leave=False):
+        score, performance = (pool(features_of(task[name], model), HOP) for name in (take, "performance"))
         first = (HOP - 1) / 2 * model.cqt.frame_seconds
-        times = align(score, performance).times(np.subtract(piece["beats"]["score"], first), HOP * model.cqt.frame_seconds) + first
-        shares.append(beats_within(times, piece["beats"]["performance"], TOLERANCES.values()))
+        times = align(score, performance).times(np.subtract(task["beats"]["score"], first), HOP * model.cqt.frame_seconds) + first
+        shares.append(beats_within(times, task["beats"]["performance"], TOLERANCES.values()))
     return 100 * np.mean(shares, axis=0)
 
 
@@ -147,22 +194,24 @@ if __name__ == "__main__":
     if (SHARED / "cgae_pretrained.npz").exists():
         models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
     with tempfile.TemporaryDirectory() as folder:
-        sets = {}
+        sets, performances = {}, {}
         if Path(given.soundfont).exists() and (SHARED / "jkupdd").exists():
             sets["piano"] = piano_pairs(given.soundfont, Path(folder))
+            performances["piano"] = piano_performances(given.soundfont, Path(folder))
         for name, music in RECORDINGS.items():
             if Path(music).exists() and shutil.which("rubberband"):
                 sets[name] = recording_pairs(music, Path(folder))
         if Path(given.corpus, "corpus.json").exists():
             sets["corpus"] = corpus_pairs(given.corpus)
+            performances["corpus"] = corpus_performances(given.corpus)
         kinds = {label: partial(lambda model, path, k: features_of(path, model), model) for label, model in models.items()}
         kinds["CQT back"] = lambda path, k: shifted_back(path, ours, k)
         for name, pairs in sets.items():
             for label, represent in kinds.items():
                 one, stacked = invariance(pairs, represent)
                 print(f"{name:11} {len(pairs):3} tracks  {label:20} top-1 {one:5.1f} / {stacked:5.1f} %", flush=True)
-        if "corpus" in sets:
+        for name, tasks in performances.items():
             for label, model in models.items():
                 for take in ("transposed", "original"):
-                    shares = " / ".join(f"{share:.1f}" for share in alignment(given.corpus, model, take))
-                    print(f"alignment of {take:10}  {label:20} beats {shares} %", flush=True)
+                    shares = " / ".join(f"{share:.1f}" for share in alignment(tasks, model, take))
+                    print(f"{name:11} {len(tasks):3} scores, {take:10}  {label:20} beats {shares} %", flush=True)

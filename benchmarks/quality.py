@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from published import SHARED, alignment, corpus_pairs, features_of, invariance
+from published import SHARED, alignment, corpus_pairs, corpus_performances, features_of, invariance
 
 import gae
 from gae.weights import from_arrays
@@ -33,8 +33,9 @@ def train(steps, shards, folder):
 
 def judge(model, corpus):
     """Top-1 for one frame and for eight, and beats of the transposed score within each tolerance, as text."""
-    shares = invariance(corpus_pairs(corpus), lambda path, k: features_of(path, model)), alignment(corpus, model, "transposed")
-    found, beats = (" / ".join(f"{share:.1f}" for share in some) for some in shares)
+    shares = invariance(corpus_pairs(corpus), lambda path, k: features_of(path, model))
+    beats = alignment(corpus_performances(corpus), model, "transposed")
+    found, beats = (" / ".join(f"{share:.1f}" for share in some) for some in (shares, beats))
     return f"top-1 {found} %, beats {beats} %"
 
 

@@ -73,7 +73,7 @@ def ours(values, frames):
     fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
     module, *optimisers = fabric.setup(Objective(model, settings), *optimisers)
     sides = torch.stack([frames, frames])
-    batch = sides[:, :, :-1], sides[:, :, context :: settings.stride], torch.arange(settings.batch) % 2 == 0
+    batch = sides[:, :, :-1], sides[:, :, context :: settings.stride], contexts(values), torch.arange(settings.batch) % 2 == 0
 
     def step():
         began = time.perf_counter()
@@ -85,6 +85,13 @@ def ours(values, frames):
         return time.perf_counter() - began
 
     return step
+
+
+def contexts(values):
+    """The contexts of both sides of a batch, as in `gae.batches.Batch`."""
+    train, context = values.train, values.model.context
+    starts = torch.arange(2 * train.batch).view(2, -1, 1, 1) * (train.block + context - 1)
+    return starts + torch.arange(0, train.block, train.stride)[:, None] + torch.arange(context)
 
 
 def matmul_seconds(size=2048):

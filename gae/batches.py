@@ -1,9 +1,10 @@
-"""What training sees: random excerpts from the shards, transposed, in pairs.
+"""What training sees: random excerpts from the shards, transposed, in pairs, the contexts of some at another tempo.
 
 Every draw of a step follows from the seed and the number of the step alone. Training can stop and go on anywhere, and any
 number of processes together see what one alone would see.
 """
 
+import math
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,20 +20,24 @@ _CACHE_BYTES = 400 << 20  # of frames kept in memory, whatever the size of the c
 
 
 class Batch(NamedTuple):
-    """Excerpts, each on two sides that differ by a transposition and maybe the sound: contexts, and the frames to set against them.
+    """Excerpts, each on two sides that differ by a transposition and maybe in sound and tempo: frames, and their contexts.
 
     Attributes
     ----------
-    x : ndarray of float32, shape (2, n_excerpts, block + context - 1, n_bins)
-        Context with dropout.
+    x : ndarray of float32, shape (2, n_excerpts, n_before + block - 1, n_bins)
+        What contexts are made of, with dropout; `n_before` is that of `Excerpts`.
     y : ndarray of float32, shape (2, n_excerpts, ceil(block / stride), n_bins)
-        Every `stride`-th frame of the block: y[side, n, i] goes with x[side, n, i * stride : i * stride + context].
+        Every `stride`-th frame of the block, which begins n_before frames after x.
+    contexts : ndarray of int, shape (2, n_excerpts, ceil(block / stride), context)
+        The context of each frame of y, the earliest first, as rows of x.reshape(-1, n_bins): the frames directly before it, or at
+        another tempo frames further apart or closer together.
     one_view : ndarray of bool, shape (n_excerpts,)
         Whether both sides are of the same view, and so differ by a transposition alone.
     """
 
     x: np.ndarray
     y: np.ndarray
+    contexts: np.ndarray
     one_view: np.ndarray
 
 
@@ -49,11 +54,17 @@ class Excerpts:
     train : gae.params.Train
     rank, world : int
         This process takes every `world`-th excerpt of each batch, from `rank` on.
+
+    Attributes
+    ----------
+    n_before : int
+        Frames of an excerpt before its block: `context`, or what it becomes at the slowest reading.
     """
 
     def __init__(self, shards, lines, context, train, rank=0, world=1):
         self.shards, self.context, self.train = shards, context, train
-        self.length = context + train.block
+        self.n_before = n_frames_before(context, train)
+        self.length = self.n_before + train.block
         self.lines = lines
         if train.batch % world:
             raise TrainingError(f"train.batch ({train.batch}) must be a multiple of the number of processes ({world})")
@@ -84,17 +95,25 @@ class Excerpts:
         common = np.random.default_rng([self.train.seed, step, self.train.batch])
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
         self._sides.fill(0)
-        one_view = np.empty(len(self.own), bool)
+        one_view, tempi = np.empty(len(self.own), bool), np.ones((2, len(self.own)))
         masks = np.zeros(self._sides.shape, np.float32)[:, :, :-1] if self.train.dropout else None
         for place, n in enumerate(self.own):
             rng = np.random.default_rng([self.train.seed, step, n])
             shifts, one_view[place] = self._draw(rng, shift, self._sides[:, place])
             if self.train.dropout:
                 self._mask(rng, shifts, masks[:, place])
+            if not one_view[place]:
+                tempi[int(rng.integers(2)), place] = (1 + self.train.stretch) ** rng.uniform(-1, 1)
         sides = np.empty(self._sides.shape, np.float32) if room is None else room
         torch.from_numpy(sides).copy_(torch.from_numpy(self._sides))  # NumPy takes several times as long
-        x, y = sides[:, :, :-1], sides[:, :, self.context :: self.train.stride]
-        return Batch(x * masks if self.train.dropout else x, y, one_view)
+        x, y = sides[:, :, :-1], sides[:, :, self.n_before :: self.train.stride]
+        return Batch(x * masks if self.train.dropout else x, y, self._contexts(tempi), one_view)
+
+    def _contexts(self, tempi):
+        """`Batch.contexts`, read at the tempi (2, n_excerpts), ratios."""
+        back = np.rint(tempi[..., None] * np.arange(self.context, 0, -1)).astype(int)
+        places = self.n_before + np.arange(0, self.train.block, self.train.stride)[:, None] - back[:, :, None]
+        return places + (self.length - 1) * np.arange(tempi.size).reshape(*tempi.shape, 1, 1)
 
     def _draw(self, rng, common_shift, sides):
         """Put an excerpt's two sides (2, length, n_bins) into `sides`, which is zero; the shifts of both, and whether of one view."""
@@ -149,6 +168,11 @@ class _Chunks:
         return self.memory[place, :length]
 
 
+def n_frames_before(context, train):
+    """Frames that an excerpt needs before the first that is set against a context."""
+    return math.ceil(context * (1 + train.stretch)) if train.objective == "invariance" else context
+
+
 def long_enough(lines, n_frames):
     """The lines that have `n_frames` frames, those of an excerpt.
 
@@ -160,7 +184,8 @@ def long_enough(lines, n_frames):
     lines = [line for line in lines if _common_length(line) >= n_frames]
     if not lines:
         raise TrainingError(
-            f"no track of the training list has {n_frames} frames (train.block + model.context); list longer ones or lower train.block"
+            f"no track of the training list has {n_frames} frames (train.block + model.context, stretched); "
+            "list longer ones or lower train.block"
         )
     return lines
 

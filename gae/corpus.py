@@ -368,6 +368,10 @@ class Performance:
         """Times in s of offsets in quarter notes."""
         return np.interp(quarters, self.quarters, self.seconds)
 
+    def quarters_at(self, seconds):
+        """Offsets in quarter notes at times in s."""
+        return np.interp(seconds, self.seconds, self.quarters)
+
 
 def perform(notes, tempo, manner, rng):
     """Play notes as a player would, with a smooth course of tempo that slows down at the end.
@@ -474,7 +478,7 @@ def draw_programs(family, notes, shifts, rng):
     return tuple(int(rng.choice(own[name])) for own, name in zip(sounds, families, strict=True))
 
 
-def synthesise(notes, take, duration):
+def synthesise(notes, take, duration, soundfont=None):
     """Play a take.
 
     Parameters
@@ -483,6 +487,8 @@ def synthesise(notes, take, duration):
     take : Take
     duration : float
         Length in s.
+    soundfont : bytes, optional
+        That of pretty_midi unless given.
 
     Returns
     -------
@@ -491,7 +497,7 @@ def synthesise(notes, take, duration):
     """
     import midirenderer
 
-    wave = midirenderer.render_wave_from(_soundfont(), _midi(notes, take, duration))
+    wave = midirenderer.render_wave_from(soundfont or _soundfont(), _midi(notes, take, duration))
     samples, rate = soundfile.read(io.BytesIO(wave), dtype="float32")
     samples = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
     count = round(duration * SAMPLE_RATE)

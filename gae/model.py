@@ -58,24 +58,29 @@ class GatedAutoencoder(nn.Module):
         """All weights by name, as NumPy arrays of float32."""
         return {name: tensor.detach().float().cpu().numpy() for name, tensor in self.state_dict().items()}
 
-    def x_factors(self, x, stride=1):
-        """Filter responses to the context.
+    def x_factors(self, x):
+        """Filter responses to the contexts in a sequence: x (..., n_frames + context - 1, n_bins) to (..., n_frames, n_factors)."""
+        starts = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])[..., : 1 - self.sizes.context or None]
+        return self.responses(x.flatten(0, -2), starts[..., None] + torch.arange(self.sizes.context, device=x.device))
+
+    def responses(self, frames, contexts):
+        """Filter responses to contexts that may lie anywhere among frames.
 
         Parameters
         ----------
-        x : Tensor, shape (..., n_frames + context - 1, n_bins)
-        stride : int
-            Leave out all but every `stride`-th response.
+        frames : Tensor, shape (n, n_bins)
+        contexts : Tensor of int, shape (..., context)
+            Rows of `frames`, the earliest first.
 
         Returns
         -------
-        Tensor, shape (..., ceil(n_frames / stride), n_factors)
+        Tensor, shape (..., n_factors)
         """
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        # one matrix product over copied windows: faster than any convolution of full height
-        windows = x.unfold(-2, self.sizes.context, stride).transpose(-2, -1).flatten(-2)
-        return F.linear(windows, self.filters_x) * self.sizes.input_scale
+        if torch.is_autocast_enabled(frames.device.type):
+            frames = frames.to(torch.get_autocast_dtype(frames.device.type))
+        # one matrix product over copied contexts: faster than any convolution of full height
+        copied = frames.index_select(0, contexts.flatten()).view(*contexts.shape[:-1], -1)
+        return F.linear(copied, self.filters_x) * self.sizes.input_scale
 
     def y_factors(self, y):
         """Filter responses to frames (..., n_frames, n_bins): Tensor, shape (..., n_frames, n_factors)."""

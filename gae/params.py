@@ -122,6 +122,7 @@ class Train(Section):
     contrast: float = Field(0.05, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
     temperature: float = Field(0.1, ge=0.02, le=10, description="temperature of the contrastive term")
     contrast_frames: int = Field(1024, ge=2, le=1_000_000, description="frames that are contrasted with each other, in groups of this size")
+    stretch: float = Field(0.25, ge=0, le=0.5, description="largest change of tempo of a context whose positives come from another view")
     view_share: float = Field(0.5, ge=0, le=1, description="share of the excerpts whose positives come from another view")
     validation: float = Field(0.1, ge=0, le=0.5, description="share of the list held out to select the best weights by invariance")
     patience: int = Field(0, ge=0, description="validations without a better result after which training stops; 0 never stops early")

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from gae import plot
-from gae.batches import Excerpts, long_enough
+from gae.batches import Excerpts, long_enough, n_frames_before
 from gae.checkpoints import Checkpoints
 from gae.compute import keep_memory
 from gae.cqt import transpose
@@ -132,7 +132,7 @@ class Run:
         self.fabric, self.params, self.shards = fabric, params, shards
         dtypes = sorted({track.dtype for track in shards.tracks.values()})
         self.data = digest([read_json(shards.folder / "index.json"), shards.cqt.model_dump(), dtypes])
-        usable = long_enough(shards.lines, params.model.context + params.train.block)
+        usable = long_enough(shards.lines, n_frames_before(params.model.context, params.train) + params.train.block)
         lines, held_out = split(usable, params.train.validation)
         self.excerpts = Excerpts(shards, lines, params.model.context, params.train, fabric.global_rank, fabric.world_size)
         self.validation = Validation(shards, held_out, params.model.context, params.train.seed)
@@ -330,7 +330,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.settings, self.gather = model, train, gather
 
-    def forward(self, x, y, one_view):
+    def forward(self, x, y, contexts, one_view):
         """The terms of the loss for a `gae.batches.Batch`, its two sides in the same products.
 
         The original's objective rebuilds the transposed y[1] from the mapping of (x[0], y[0]) and the context x[1]: the mean
@@ -344,7 +344,7 @@ class Objective(nn.Module):
             loss, reconstruction, and where they are used contrast and sparsity.
         """
         settings, model = self.settings, self.model
-        factors = model.x_factors(x, settings.stride)
+        factors = model.responses(x.flatten(0, -2), contexts)
         if settings.objective == "reconstruction":
             mapping = model.relate(factors[:1], model.y_factors(y[:1]))
             terms = {"reconstruction": (model.rebuild(mapping, factors[1:]) - y[1:]).square().mean()}

@@ -39,7 +39,7 @@ def origin(frames):
 
 
 def excerpts(shards, rank=0, world=1, **settings):
-    settings = {"block": 24, "batch": 6, "stride": 1, "dropout": 0.0, "shift": 16, **settings}
+    settings = {"block": 24, "batch": 6, "stride": 1, "dropout": 0.0, "shift": 16, "stretch": 0.0, **settings}
     return Excerpts(shards, shards.lines, CONTEXT, Train(**settings), rank, world)
 
 
@@ -62,6 +62,36 @@ def test_x_is_the_context_directly_before_y(shards, objective, stride):
             assert np.array_equal(x_times, x_times[0] + np.arange(len(x)))
             assert np.array_equal(y_times, x_times[0] + CONTEXT + stride * np.arange(len(y)))
             assert x_times[0] >= 0 and y_times[-1] < min(LENGTHS[x_line])
+        for y, contexts in zip(*(part.reshape(12, *part.shape[2:]) for part in (batch.y, batch.contexts)), strict=True):
+            for frame, context in zip(y, batch.x.reshape(-1, BINS)[contexts], strict=True):
+                assert np.array_equal(origin(context)[2], origin(frame[None])[2][0] - np.arange(CONTEXT, 0, -1))
+
+
+def readings(made, n_steps):
+    """Of all excerpts of some steps: whether both sides are of one view, and (2, context) how far from y their contexts are read."""
+    for batch in map(made.batch, range(n_steps)):
+        frames = batch.x.reshape(-1, BINS)
+        for n, one_view in enumerate(batch.one_view):
+            for contexts, sounds in zip(np.swapaxes(batch.contexts[:, n], 0, 1), np.swapaxes(batch.y[:, n], 0, 1), strict=True):
+                now = [origin(frame[None])[2][0] for frame in sounds]
+                yield one_view, np.stack([time - origin(frames[rows])[2] for time, rows in zip(now, contexts, strict=True)])
+
+
+def test_another_views_context_is_read_at_another_tempo(shards):
+    """On one side; at any ratio up to that of the parameter, either way; and the last frame before y stays in sight."""
+    written, ratios = np.arange(CONTEXT, 0, -1), []
+    for one_view, (first, second) in readings(excerpts(shards, stretch=0.4), 100):
+        assert np.array_equal(first, written) or np.array_equal(second, written)
+        assert not one_view or np.array_equal(first, second)
+        ratios += [] if one_view else [first[0] / CONTEXT, second[0] / CONTEXT]
+        assert first.min() == second.min() == 1
+        assert all(np.isin(np.abs(np.diff(side)), (0, 1, 2)).all() for side in (first, second))
+    assert set(ratios) == {0.8, 1.0, 1.2, 1.4}
+
+
+def test_the_original_reads_no_other_tempo(shards):
+    batch, plain = (excerpts(shards, objective="reconstruction", stretch=stretch).batch(0) for stretch in (0.4, 0.0))
+    assert equal(batch, plain)
 
 
 def drawn(made, n_steps):
@@ -114,7 +144,7 @@ def test_lines_are_drawn_by_their_length(shards):
 
 
 def test_every_excerpt_of_a_line_is_drawn(shards):
-    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=24, batch=6, stride=1, shift=5))
+    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=24, batch=6, stride=1, shift=5, stretch=0))
     assert {times[0] for _, (_, _, times, _), _ in drawn(made, 100)} == set(range(CONTEXT, 60 - 24 + 1))
 
 
@@ -234,7 +264,7 @@ def test_tracks_shorter_than_an_excerpt_are_left_out(shards):
 
 
 def test_a_track_of_just_one_excerpt_will_do(shards):
-    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=60 - CONTEXT, batch=3, stride=1, dropout=0.0, shift=16))
+    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=60 - CONTEXT, batch=3, stride=1, dropout=0.0, shift=16, stretch=0))
     assert all(origin(y)[2][0] == CONTEXT for y in made.batch(0).y[0] if y.any())
 
 
