@@ -490,11 +490,11 @@ def test_training_never_sees_the_tracks_to_validate_on(shards, tmp_path, quiet, 
 
 
 def test_tracks_too_short_are_neither_trained_nor_validated_on(tmp_path, quiet):
-    frames = [[tiny.music(n, n)] for n in [2, 3, 10, 26] * 3]
+    frames = [[tiny.music(n, n)] for n in [2, 3, 10, 27] * 3]
     tiny.write_shards(tmp_path / "short", frames)
-    with pytest.raises(TrainingError, match="no track of the training list has 27 frames"):
+    with pytest.raises(TrainingError, match="no track of the training list has 28 frames"):
         learn(recipe(validation=0.5), tmp_path / "short", tmp_path)
-    tiny.write_shards(tmp_path / "some", [*frames, [tiny.music(27, 5)]])
+    tiny.write_shards(tmp_path / "some", [*frames, [tiny.music(28, 5)]])
     learn(recipe(validation=0.5, steps=3), tmp_path / "some", tmp_path)
 
 
