@@ -1,5 +1,7 @@
 """Training speed beside the original's way, and the share of this machine's matrix rate that a step reaches.
 
+The rate is that of the arithmetic in which the step runs here: bf16 where the processor multiplies it, single precision elsewhere.
+
     python benchmarks/training.py [--steps 30]
 
 The original's step: a Conv2d as high as the frame, single precision, dropout, mse, Adam, on batches of the same frames.
@@ -8,6 +10,7 @@ Both are run in turn, step by step, so that both see the same noise of the machi
 
 import argparse
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gae import params
 from gae.compute import keep_memory
 from gae.model import GatedAutoencoder
-from gae.train import Objective, optimisers_of
+from gae.train import PRECISIONS, Objective, optimisers_of, settled
 
 
 class Original(nn.Module):
@@ -70,10 +73,10 @@ def ours(values, frames):
     settings, context = values.train, values.model.context
     model = GatedAutoencoder(values.cqt.n_bins, values.model)
     optimisers = optimisers_of(model, settings)
-    fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
+    fabric = Fabric(accelerator="cpu", precision=PRECISIONS[settled(settings).precision])
     module, *optimisers = fabric.setup(Objective(model, settings), *optimisers)
     sides = torch.stack([frames, frames])
-    batch = sides[:, :, :-1], sides[:, :, context :: settings.stride], contexts(values), torch.arange(settings.batch) % 2 == 0
+    batch = sides, sides[:, :, context :: settings.stride], contexts(values), torch.arange(settings.batch) % 2 == 0
 
     def step():
         began = time.perf_counter()
@@ -90,13 +93,13 @@ def ours(values, frames):
 def contexts(values):
     """The contexts of both sides of a batch, as in `gae.batches.Batch`."""
     train, context = values.train, values.model.context
-    starts = torch.arange(2 * train.batch).view(2, -1, 1, 1) * (train.block + context - 1)
+    starts = torch.arange(2 * train.batch).view(2, -1, 1, 1) * (train.block + context)
     return starts + torch.arange(0, train.block, train.stride)[:, None] + torch.arange(context)
 
 
-def matmul_seconds(size=2048):
-    """Seconds of one bf16 product of two square matrices: the machine's rate."""
-    a = torch.randn(size, size).bfloat16()
+def matmul_seconds(dtype, size=2048):
+    """Seconds of one product of two square matrices: the machine's rate."""
+    a = torch.randn(size, size).to(dtype)
     began = time.perf_counter()
     a @ a
     return time.perf_counter() - began
@@ -139,8 +142,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     count = parser.parse_args().steps
-    keep_memory()
+    keep_memory(any_size=True)
     default = params.Params()
+    precision = settled(default.train).precision
+    product = f"{precision} matrix product"
     same = params.validate(
         {
             "model": {"context": 9},
@@ -153,13 +158,13 @@ if __name__ == "__main__":
         "the original's step, Conv2d, fp32": stepper(published, lambda: published.loss(images[:, :, :-1], images[:, :, 9:], 7)),
         "the same step, ours": ours(same, frames),
         "the default step": ours(default, unit_frames(default)),
-        "bf16 matrix product": matmul_seconds,
+        product: partial(matmul_seconds, torch.bfloat16 if precision == "bf16" else torch.float32),
     }
     seconds = measure(steps, count)
-    peak = 2 * 2048**3 / seconds["bf16 matrix product"]
+    peak = 2 * 2048**3 / seconds[product]
     rates = {name: 4096 / seconds[name] for name in list(steps)[:2]}
     rates["the default step"] = default.train.batch * -(-default.train.block // default.train.stride) / seconds["the default step"]
-    print(f"{torch.get_num_threads()} threads; bf16 matrix products run at {peak / 1e9:.0f} GFLOP/s")
+    print(f"{torch.get_num_threads()} threads; {precision} matrix products run at {peak / 1e9:.0f} GFLOP/s")
     for name, rate in rates.items():
         print(f"{name:34} {rate:8.0f} frames/s")
     print(f"ours / the original's: {rates['the same step, ours'] / rates[next(iter(steps))]:.2f}")

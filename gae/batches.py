@@ -16,7 +16,7 @@ from gae.cqt import transpose
 from gae.errors import TrainingError
 
 _CHUNK = 256  # frames read at a time, as they are stored
-_CACHE_BYTES = 400 << 20  # of frames kept in memory, whatever the size of the corpus
+_CACHE_BYTES = 192 << 20  # of frames kept in memory, whatever the size of the corpus
 
 
 class Batch(NamedTuple):
@@ -24,8 +24,8 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    x : ndarray of float32, shape (2, n_excerpts, n_before + block - 1, n_bins)
-        What contexts are made of, with dropout; `n_before` is that of `Excerpts`.
+    x : ndarray of float32, shape (2, n_excerpts, n_before + block, n_bins)
+        The excerpts, of which contexts are made, with dropout; `n_before` is that of `Excerpts`.
     y : ndarray of float32, shape (2, n_excerpts, ceil(block / stride), n_bins)
         Every `stride`-th frame of the block, which begins n_before frames after x.
     contexts : ndarray of int, shape (2, n_excerpts, ceil(block / stride), context)
@@ -96,7 +96,7 @@ class Excerpts:
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
         self._sides.fill(0)
         one_view, tempi = np.empty(len(self.own), bool), np.ones((2, len(self.own)))
-        masks = np.zeros(self._sides.shape, np.float32)[:, :, :-1] if self.train.dropout else None
+        masks = np.zeros(self._sides.shape, np.float32) if self.train.dropout else None
         for place, n in enumerate(self.own):
             rng = np.random.default_rng([self.train.seed, step, n])
             shifts, one_view[place] = self._draw(rng, shift, self._sides[:, place])
@@ -106,14 +106,14 @@ class Excerpts:
                 tempi[int(rng.integers(2)), place] = (1 + self.train.stretch) ** rng.uniform(-1, 1)
         sides = np.empty(self._sides.shape, np.float32) if room is None else room
         torch.from_numpy(sides).copy_(torch.from_numpy(self._sides))  # NumPy takes several times as long
-        x, y = sides[:, :, :-1], sides[:, :, self.n_before :: self.train.stride]
-        return Batch(x * masks if self.train.dropout else x, y, self._contexts(tempi), one_view)
+        y = sides[:, :, self.n_before :: self.train.stride]
+        return Batch(sides * masks if self.train.dropout else sides, y, self._contexts(tempi), one_view)
 
     def _contexts(self, tempi):
         """`Batch.contexts`, read at the tempi (2, n_excerpts), ratios."""
         back = np.rint(tempi[..., None] * np.arange(self.context, 0, -1)).astype(int)
         places = self.n_before + np.arange(0, self.train.block, self.train.stride)[:, None] - back[:, :, None]
-        return places + (self.length - 1) * np.arange(tempi.size).reshape(*tempi.shape, 1, 1)
+        return places + self.length * np.arange(tempi.size).reshape(*tempi.shape, 1, 1)
 
     def _draw(self, rng, common_shift, sides):
         """Put an excerpt's two sides (2, length, n_bins) into `sides`, which is zero; the shifts of both, and whether of one view."""
@@ -132,7 +132,7 @@ class Excerpts:
         return shifts, views[0] == views[1]
 
     def _mask(self, rng, shifts, masks):
-        """Put inverted dropout into `masks` (2, length - 1, n_bins): zeros, and 1 / (1 - dropout) elsewhere."""
+        """Put inverted dropout into `masks` (2, length, n_bins): zeros, and 1 / (1 - dropout) elsewhere."""
         for number, mask in enumerate(masks):
             if number and self.train.objective == "reconstruction":
                 transpose(masks[0], shifts[1], out=mask)  # the original transposes what was dropped along with the rest

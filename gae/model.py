@@ -80,11 +80,11 @@ class GatedAutoencoder(nn.Module):
             frames = frames.to(torch.get_autocast_dtype(frames.device.type))
         # one matrix product over copied contexts: faster than any convolution of full height
         copied = frames.index_select(0, contexts.flatten()).view(*contexts.shape[:-1], -1)
-        return F.linear(copied, self.filters_x) * self.sizes.input_scale
+        return F.linear(copied, self.filters_x * self.sizes.input_scale)  # fewer to scale than responses
 
     def y_factors(self, y):
         """Filter responses to frames (..., n_frames, n_bins): Tensor, shape (..., n_frames, n_factors)."""
-        return F.linear(y, self.filters_y) * self.sizes.input_scale
+        return F.linear(y, self.filters_y * self.sizes.input_scale)
 
     def mapping(self, x, y):
         """The features: what relates y to the frames before it.
@@ -170,11 +170,11 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, keys, temperature):
-        # no cosine exceeds 1: less 1 nothing overflows, and one exponential serves rows and columns
-        likeness = (queries @ keys.mT).float().sub_(1).div_(temperature)
+        # a cosine by a temperature of 0.02 or more is in the range of exponentials: one serves rows and columns
+        likeness = (queries / temperature @ keys.mT).float()
         own = likeness.diagonal(dim1=-2, dim2=-1).clone()
         likeness.exp_()
-        rows, columns = (likeness.sum(side).clamp_min(1e-37) for side in (-1, -2))  # even where all underflow
+        rows, columns = likeness.sum(-1), likeness.sum(-2)
         ctx.save_for_backward(queries, keys, likeness, rows, columns)
         ctx.temperature = temperature
         return ((rows.log() + columns.log()) / 2 - own).mean()

@@ -127,7 +127,9 @@ class Train(Section):
     validation: float = Field(0.1, ge=0, le=0.5, description="share of the list held out to select the best weights by invariance")
     patience: int = Field(0, ge=0, description="validations without a better result after which training stops; 0 never stops early")
     averaging: float = Field(0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0 keeps the last")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of the matrix products")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="arithmetic of the matrix products; auto is bf16 where the processor multiplies it, fp32 elsewhere"
+    )
     dtype: Literal["float16", "float32"] = Field("float16", description="type in which the weights are stored")
     compile: bool = Field(False, description="fuse the step's small operations by torch.compile: faster after about half a minute")
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")

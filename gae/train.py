@@ -31,10 +31,12 @@ from gae.files import digest, read_json, replacing, write_json
 from gae.locks import alone
 from gae.measures import invariance_top1
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
+from gae.muon import Muon
 from gae.shards import Shards
 
 PAUSE_STEPS = 25  # steps between two looks at the loss; all else happens at some of these pauses
 VALIDATION_STEPS = 500
+PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true"}  # as Fabric calls them
 _VALIDATION_FRAMES = 1200
 _RUNTIME = {"accelerator", "devices", "nodes", "checkpoint_seconds"}  # parameters that leave the result as it is
 
@@ -62,6 +64,7 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
     GaeError
         If another process trains with these checkpoints.
     """
+    params = params.model_copy(update={"train": settled(params.train)})
     fabric = launch(params.train)
     with Shards(shards_folder) as shards, alone(checkpoints) if fabric.is_global_zero else nullcontext():
         run = Run(fabric, params, shards, checkpoints)
@@ -93,9 +96,20 @@ def _advance(run, view, model_path):
         run.checkpoint()
 
 
+def settled(train):
+    """The parameters with the precision that `auto` is here: bf16 where the processor has products for it, fp32 elsewhere."""
+    if train.precision != "auto":
+        return train
+    if train.accelerator != "cpu" and torch.cuda.is_available():
+        quick = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        quick = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    return train.model_copy(update={"precision": "bf16" if quick else "fp32"})
+
+
 def launch(train):
     """The `Fabric` that the parameters ask for, its processes started."""
-    keep_memory()
+    keep_memory(any_size=True)
     torch.set_float32_matmul_precision("high")
     world = train.devices * train.nodes
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -105,7 +119,7 @@ def launch(train):
             devices=train.devices,
             num_nodes=train.nodes,
             strategy="ddp" if world > 1 else "auto",
-            precision="bf16-mixed" if train.precision == "bf16" else "32-true",
+            precision=PRECISIONS[train.precision],
         )
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise TrainingError(
@@ -430,15 +444,12 @@ def split(lines, share):
 
 
 def optimisers_of(model, train):
-    """The optimisers of a model's weights: Muon for matrices and Adam for biases, or Adam for all.
-
-    K. Jordan et al.: Muon, an optimizer for hidden layers in neural networks, 2024.
-    """
+    """The optimisers of a model's weights: Muon for matrices and Adam for biases, or Adam for all."""
     matrices = [weight for weight in model.parameters() if weight.ndim == 2 and train.optimiser == "muon"]
     others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
     optimisers = [torch.optim.Adam(others, lr=train.learning_rate)]
     if matrices:
-        optimisers.append(torch.optim.Muon(matrices, lr=train.muon_rate, weight_decay=0.0))
+        optimisers.append(Muon(matrices, lr=train.muon_rate))
     for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
         group["initial_lr"] = group["lr"]
     return optimisers

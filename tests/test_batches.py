@@ -54,7 +54,7 @@ def test_x_is_the_context_directly_before_y(shards, objective, stride):
     for step in range(10):
         batch = made.batch(step)
         for x, y in zip(*(side.reshape(-1, *side.shape[2:]) for side in (batch.x, batch.y)), strict=True):
-            assert x.shape == (24 + CONTEXT - 1, BINS) and y.shape == (-(-24 // stride), BINS)
+            assert x.shape == (24 + CONTEXT, BINS) and y.shape == (-(-24 // stride), BINS)
             assert x.dtype == y.dtype == np.float32
             x_line, x_view, x_times, x_shift = origin(x)
             y_line, y_view, y_times, y_shift = origin(y)
