@@ -8,12 +8,15 @@ ACTIVATE := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH" &&
 
 repro: $(VENV)/installed
 	@$(ACTIVATE) dvc repro
-	@$(ACTIVATE) dvc metrics show
+	@echo
+	@cat evaluation.txt
+	@echo
+	@$(ACTIVATE) dvc metrics show models/metrics.json
 	@echo
 	@echo "model      models/gae.safetensors"
 	@echo "features   features/  (features/index.json lists them)"
 	@echo "plots      plots/figures/ and plots/network/; dvc plots show draws the training curves"
-	@echo "metrics    metrics.json and models/metrics.json, above"
+	@echo "metrics    metrics.json and models/metrics.json, above; dvc metrics diff compares them with those of HEAD"
 
 test: $(VENV)/installed
 	@$(ACTIVATE) python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

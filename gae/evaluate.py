@@ -17,7 +17,7 @@ from gae.convert import convert_file
 from gae.cqt import compress, magnitude_blocks, standardise, transpose
 from gae.errors import FormatError, ParamsError
 from gae.features import extract_frames
-from gae.files import read_json, write_json
+from gae.files import read_json, replacing, write_json
 from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, stack
 from gae.modelfile import load_model
 
@@ -32,7 +32,7 @@ TOLERANCES = {"50ms": 0.05, "100ms": 0.1, "250ms": 0.25}
 _EXCERPT = 512  # frames rebuilt with one transposition
 
 
-def evaluate(params, corpus, model, out, metrics):
+def evaluate(params, corpus, model, out, metrics, text):
     """Measure features on the held-out pieces of the built-in corpus, write the figures and print them as a table.
 
     Parameters
@@ -57,7 +57,9 @@ def evaluate(params, corpus, model, out, metrics):
         speed.conversion_times_real_time
             Seconds of audio that become features in a second, in one process, from the file on.
     metrics : Path
-        JSON. The few of them by which runs are compared.
+        JSON. The same without standard errors, a row for each kind of feature: what `dvc metrics` and `dvc exp show` compare.
+    text : Path
+        The table that is printed.
 
     Raises
     ------
@@ -79,7 +81,9 @@ def evaluate(params, corpus, model, out, metrics):
         "speed": {"conversion_times_real_time": _conversion_speed(pieces, corpus, loaded)},
     }
     write_json(out, figures)
-    write_json(metrics, headline(figures))
+    write_json(metrics, comparison(figures))
+    with replacing(text) as partial:
+        partial.write_text(table(figures) + "\n")
     print(table(figures))
 
 
@@ -177,12 +181,14 @@ def reconstruction_error(frames, network, shift, rng):
     return error / power if power else 0.0
 
 
-def headline(figures):
-    """What `dvc metrics` shows of the figures that `evaluate` writes: the model's next to plain chroma's, in percent, and speed."""
+def comparison(figures):
+    """What `dvc metrics` shows of the figures that `evaluate` writes: a row for each kind of feature, in percent, and speed."""
     rows = {}
-    for kind in ("gae", "chroma"):
-        found, aligned = figures["invariance"][kind], figures["alignment"][kind]["transposed"]
-        rows[kind] = {"top1": found["top1"], "top1_stacked": found["top1_stacked"], "beats_100ms": aligned["100ms"]}
+    for kind in LABELS:
+        found, aligned = figures["invariance"][kind], figures["alignment"][kind]
+        rows[kind] = {"top1": found["top1"], "top1_stacked": found["top1_stacked"]}
+        rows[kind] |= {f"beats_{span}": aligned["transposed"][span] for span in TOLERANCES}
+        rows[kind] |= {f"beats_{span}_untransposed": aligned["untransposed"][span] for span in TOLERANCES}
     rows["reconstruction_error"] = figures["reconstruction"]["relative_error"]
     rows["times_real_time"] = figures["speed"]["conversion_times_real_time"]
     return rows

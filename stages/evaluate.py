@@ -11,5 +11,6 @@ if __name__ == "__main__":
         corpus="data/corpus",
         out="evaluation.json",
         metrics="metrics.json",
+        text="evaluation.txt",
     ) as (params, paths):
-        evaluate(params, paths.corpus, params.convert.weights, paths.out, paths.metrics)
+        evaluate(params, paths.corpus, params.convert.weights, paths.out, paths.metrics, paths.text)

@@ -9,7 +9,7 @@ import torch
 
 from gae import evaluate as judging
 from gae.errors import FormatError, ParamsError
-from gae.evaluate import LABELS, chroma, evaluate, headline, heldout_pieces, judge, reconstruction_error, table
+from gae.evaluate import LABELS, chroma, comparison, evaluate, heldout_pieces, judge, reconstruction_error, table
 from gae.files import read_json
 from gae.model import save_model
 from gae.params import Evaluate, Params, Train
@@ -58,6 +58,10 @@ def model(tmp_path_factory):
     return path
 
 
+def places(folder, name="evaluation"):
+    return folder / f"{name}.json", folder / "metrics.json", folder / "evaluation.txt"
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
     monkeypatch.setattr(judging, "map_tracks", lambda unit, items, compute, label, more: [unit(item, *more) for item in items])
@@ -65,7 +69,7 @@ def in_this_process(monkeypatch):
 
 @pytest.fixture
 def figures(corpus, model, tmp_path, in_this_process):
-    evaluate(PARAMS, corpus, model, tmp_path / "evaluation.json", tmp_path / "metrics.json")
+    evaluate(PARAMS, corpus, model, *places(tmp_path))
     return read_json(tmp_path / "evaluation.json")
 
 
@@ -99,11 +103,28 @@ def test_figures_are_complete_and_finite(figures):
     assert figures["speed"]["conversion_times_real_time"] > 1
 
 
+def test_one_table_sets_all_measures_beside_the_baselines(figures):
+    rows = comparison(figures)
+    for kind in LABELS:
+        assert rows[kind] == {
+            "top1": figures["invariance"][kind]["top1"],
+            "top1_stacked": figures["invariance"][kind]["top1_stacked"],
+            "beats_50ms": figures["alignment"][kind]["transposed"]["50ms"],
+            "beats_100ms": figures["alignment"][kind]["transposed"]["100ms"],
+            "beats_250ms": figures["alignment"][kind]["transposed"]["250ms"],
+            "beats_50ms_untransposed": figures["alignment"][kind]["untransposed"]["50ms"],
+            "beats_100ms_untransposed": figures["alignment"][kind]["untransposed"]["100ms"],
+            "beats_250ms_untransposed": figures["alignment"][kind]["untransposed"]["250ms"],
+        }
+    assert rows["reconstruction_error"] == figures["reconstruction"]["relative_error"]
+
+
 def test_figures_are_the_same_again(figures, corpus, model, tmp_path, capsys):
-    evaluate(PARAMS, corpus, model, tmp_path / "again.json", tmp_path / "metrics.json")
+    evaluate(PARAMS, corpus, model, *places(tmp_path, "again"))
     again = read_json(tmp_path / "again.json")
     assert {key: again[key] for key in again if key != "speed"} == {key: figures[key] for key in again if key != "speed"}
-    assert read_json(tmp_path / "metrics.json") == headline(again)
+    assert read_json(tmp_path / "metrics.json") == comparison(again)
+    assert (tmp_path / "evaluation.txt").read_text() == table(again) + "\n"
     printed = capsys.readouterr().out
     assert printed.strip().endswith(table(again))
 
@@ -187,7 +208,7 @@ def test_what_is_missing_is_named(corpus, model, tmp_path, in_this_process):
     with pytest.raises(FormatError, match="no held-out piece has beats"):
         heldout_pieces(tmp_path)
     with pytest.raises(FormatError, match="no such model"):
-        evaluate(PARAMS, corpus, tmp_path / "none.safetensors", tmp_path / "evaluation.json", tmp_path / "metrics.json")
+        evaluate(PARAMS, corpus, tmp_path / "none.safetensors", *places(tmp_path))
     long = PARAMS.model_copy(update={"evaluate": SETTINGS.model_copy(update={"stack": 1000})})
     with pytest.raises(ParamsError, match=r"evaluate\.stack: got 1000 frames.*piece-0"):
-        evaluate(long, corpus, model, tmp_path / "evaluation.json", tmp_path / "metrics.json")
+        evaluate(long, corpus, model, *places(tmp_path))
