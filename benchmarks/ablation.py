@@ -1,9 +1,10 @@
 """What each choice of the recipe is worth: one DVC experiment for each choice taken back or varied.
 
-    python benchmarks/ablation.py [--steps 800] [--seeds 1 2 3] [--only NAME ...] [--out docs/ablation.json]
+    python benchmarks/ablation.py [--steps 800] [--seeds 1 2 3] [--only NAME ...] [--base KEY=VALUE ...] [--out docs/ablation.json]
 
-Run it from the root of a clean checkout; every experiment stays in `dvc exp show`. All train for the same number of steps.
-The table is printed after each experiment, so an interrupted run has shown all that it measured.
+`--base` changes the default from which each row differs. Run it from the root of a clean checkout; every experiment stays in
+`dvc exp show`. All train for the same number of steps. The table is printed after each experiment, so an interrupted run has
+shown all that it measured.
 """
 
 import argparse
@@ -33,6 +34,8 @@ VARIATIONS = {
     "no-averaging": ["train.averaging=0"],
     "dropout-0.5": ["train.dropout=0.5"],
     "no-views": ["train.view_share=0"],
+    "stretch-0": ["train.stretch=0"],
+    "stretch-0.5": ["train.stretch=0.5"],
     "shift-6": ["train.shift=6"],
     "shift-24": ["train.shift=24"],
     "context-9": ["model.context=9"],
@@ -46,13 +49,14 @@ VARIATIONS = {
 }
 
 
-def run(name, overrides, seed, steps):
+def run(name, base, seed, steps):
     """Run one experiment up to its evaluation and return its figures."""
-    settings = [f"train.steps={steps}", f"train.seed={seed}", *overrides]
+    settings = [f"train.steps={steps}", f"train.seed={seed}", *base, *VARIATIONS[name]]
     options = [word for setting in settings for word in ("-S", setting)]
     # an experiment leaves its parameters in the workspace, where the next would inherit them
     subprocess.run(["git", "restore", "params.yaml"], check=True)
-    subprocess.run(["dvc", "exp", "run", "-n", f"{name}-{steps}-steps-seed-{seed}", *options, "evaluate"], check=True, stdout=sys.stderr)
+    experiment = "-".join([name, f"{steps}-steps", f"seed-{seed}", *base])
+    subprocess.run(["dvc", "exp", "run", "-n", experiment, *options, "evaluate"], check=True, stdout=sys.stderr)
     metrics, full = read_json("metrics.json"), read_json("evaluation.json")
     return {
         "top1": metrics["gae"]["top1"],
@@ -84,12 +88,13 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", default=list(VARIATIONS), choices=VARIATIONS)
+    parser.add_argument("--base", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
     given = parser.parse_args()
     results = read_json(given.out) if given.out.exists() else {}
     for seed in given.seeds:
         for name in given.only:
             if str(seed) not in results.get(name, {}):
-                results.setdefault(name, {})[str(seed)] = run(name, VARIATIONS[name], seed, given.steps)
+                results.setdefault(name, {})[str(seed)] = run(name, given.base, seed, given.steps)
                 write_json(given.out, results)
                 print(table(results), flush=True)
