@@ -3,10 +3,12 @@
     python benchmarks/quality.py [--steps 200 800] [--corpus data/corpus] [--shards data/shards/train]
 
 For each number of steps: seconds from the start of stages/train.py to its end, and how the weights then do on the held-out pieces of
-the built-in corpus, beside those of ../shared/data/cgae_pretrained.npz. Run it after `dvc repro preprocess`.
+the built-in corpus, beside those of ../shared/data/cgae_pretrained.npz; and the most memory that training took. Run it after
+`dvc repro preprocess`.
 """
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
@@ -47,7 +49,9 @@ if __name__ == "__main__":
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trained = {steps: train(steps, given.shards, folder) for steps in given.steps}
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10  # MB, of the largest process that has ended
     if (SHARED / "cgae_pretrained.npz").exists():
         print(f"published weights         {judge(from_arrays(**np.load(SHARED / 'cgae_pretrained.npz')), given.corpus)}", flush=True)
     for steps, (seconds, model) in trained.items():
         print(f"{steps:5} steps in {seconds:6.1f} s  {judge(model, given.corpus)}", flush=True)
+    print(f"training took up to {memory} MB of memory")
