@@ -44,8 +44,8 @@ class Muon(torch.optim.Optimizer):
     def _move(self, matrix, lr, momentum):
         state = self.state[matrix]
         if not state:
-            state["momentum"] = torch.zeros_like(matrix)
-        mean = state["momentum"].lerp_(matrix.grad, 1 - momentum)
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
         direction = orthogonal(matrix.grad.lerp(mean, momentum))
         matrix.add_(direction, alpha=-lr * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1])))
 
