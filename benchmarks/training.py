@@ -142,7 +142,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     count = parser.parse_args().steps
-    keep_memory(any_size=True)
+    keep_memory()
     default = params.Params()
     precision = settled(default.train).precision
     product = f"{precision} matrix product"

@@ -115,20 +115,14 @@ def executor(compute):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def keep_memory(any_size=False):
-    """Ask glibc to keep what is freed: arrays that come and go with every step or piece cost page faults otherwise.
-
-    Parameters
-    ----------
-    any_size : bool
-        Arrays of more than 32 MB too: for work whose every round takes the same.
-    """
-    trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4  # malloc.h
+def keep_memory():
+    """Ask glibc to keep what is freed: arrays that come and go with every step or piece cost page faults otherwise."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     with suppress(AttributeError, OSError):  # other C libraries have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, 1 << 30)
         mallopt(top_pad, 64 << 20)
-        mallopt(*((mmap_max, 0) if any_size else (mmap_threshold, 32 << 20)))  # no higher threshold is taken
+        mallopt(mmap_threshold, 32 << 20)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from gae.files import replacing
 from gae.modelfile import SCHEMA
 
+_PIECE = 1024  # contexts copied at a time
+
 
 class GatedAutoencoder(nn.Module):
     """A gated autoencoder over frames, convolutional in time.
@@ -76,11 +78,10 @@ class GatedAutoencoder(nn.Module):
         -------
         Tensor, shape (..., n_factors)
         """
-        if torch.is_autocast_enabled(frames.device.type):
-            frames = frames.to(torch.get_autocast_dtype(frames.device.type))
-        # one matrix product over copied contexts: faster than any convolution of full height
-        copied = frames.index_select(0, contexts.flatten()).view(*contexts.shape[:-1], -1)
-        return F.linear(copied, self.filters_x * self.sizes.input_scale)  # fewer to scale than responses
+        kind, filters = frames.device.type, self.filters_x * self.sizes.input_scale  # fewer to scale than responses
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else filters.dtype
+        responses = _Responses.apply(frames.to(dtype), contexts.flatten(0, -2), filters.to(dtype))
+        return responses.view(*contexts.shape[:-1], -1)
 
     def y_factors(self, y):
         """Filter responses to frames (..., n_frames, n_bins): Tensor, shape (..., n_frames, n_factors)."""
@@ -130,6 +131,32 @@ class GatedAutoencoder(nn.Module):
         """Scale each filter of x and of y to the L2 norm `norm`."""
         for filters in (self.filters_x, self.filters_y):
             filters.mul_(norm / filters.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+class _Responses(torch.autograd.Function):
+    """Products of contexts, rows (n, context) of frames, with filters (n_factors, context * n_bins): (n, n_factors).
+
+    Matrix products over copied contexts are faster than any convolution of full height. Copies are made piece by piece, and again
+    for the derivative: all of them at once would fill the memory that a cache of the processor saves.
+    """
+
+    @staticmethod
+    def forward(ctx, frames, contexts, filters):
+        ctx.save_for_backward(frames, contexts)
+        return torch.cat([_copied(frames, rows) @ filters.mT for rows in contexts.split(_PIECE)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        frames, contexts = ctx.saved_tensors
+        total = gradient.new_zeros(gradient.shape[1], contexts.shape[1] * frames.shape[1])
+        for rows, part in zip(contexts.split(_PIECE), gradient.split(_PIECE), strict=True):
+            total = torch.addmm(total, part.mT, _copied(frames, rows))
+        return None, None, total
+
+
+def _copied(frames, rows):
+    """Frames of contexts (n, context) side by side: (n, context * n_bins)."""
+    return frames.index_select(0, rows.flatten()).view(len(rows), -1)
 
 
 def sparsity(mapping):

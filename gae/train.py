@@ -109,7 +109,7 @@ def settled(train):
 
 def launch(train):
     """The `Fabric` that the parameters ask for, its processes started."""
-    keep_memory(any_size=True)
+    keep_memory()
     torch.set_float32_matmul_precision("high")
     world = train.devices * train.nodes
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)

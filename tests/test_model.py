@@ -107,6 +107,23 @@ def test_a_context_may_lie_anywhere(network):
     assert torch.allclose(network.responses(x.flatten(0, 1), rows), network.x_factors(together).view(4, 2, -1), atol=1e-5)
 
 
+def test_contexts_are_copied_piece_by_piece_and_learnt_from_all_the_same(network, monkeypatch):
+    x, _ = excerpts()
+    frames, rng = x.flatten(0, 1), np.random.default_rng(0)
+    rows = torch.from_numpy(rng.integers(0, len(frames), (23, CONTEXT)))
+    slope = torch.from_numpy(rng.standard_normal((23, SIZES.n_factors))).float()
+    filters = network.filters_x.detach().clone().requires_grad_()
+    expected = SIZES.input_scale * frames[rows].flatten(1) @ filters.T
+    expected.backward(slope)
+    for piece in (1, 5, 23, 100):
+        monkeypatch.setattr("gae.model._PIECE", piece)
+        network.filters_x.grad = None
+        made = network.responses(frames, rows)
+        made.backward(slope)
+        assert torch.allclose(made, expected, atol=1e-5)
+        assert torch.allclose(network.filters_x.grad, filters.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_a_mapping_looks_at_its_own_context_alone(network):
     x, y = excerpts(n=1)
     before = network.mapping(x, y)
