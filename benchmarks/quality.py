@@ -8,14 +8,14 @@ the built-in corpus, beside those of ../shared/data/cgae_pretrained.npz; and the
 """
 
 import argparse
-import resource
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 from published import SHARED, alignment, corpus_pairs, corpus_performances, features_of, invariance
 
 import gae
@@ -23,14 +23,20 @@ from gae.weights import from_arrays
 
 
 def train(steps, shards, folder):
-    """Train from nothing by the defaults: (seconds, model)."""
+    """Train from nothing by the defaults: (seconds, most memory in bytes, model)."""
     weights = Path(folder) / f"{steps}.safetensors"
     places = {"model": weights, "metrics": f"{folder}/metrics.json"}
     places |= {name: f"{folder}/{name}-{steps}" for name in ("curves", "drawings", "checkpoints")}
     options = [str(word) for name, place in places.items() for word in (f"--{name}", place)]
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "stages/train.py", "--shards", shards, "-S", f"train.steps={steps}", *options], check=True)
-    return time.perf_counter() - began, gae.load_model(weights)
+    began, memory = time.perf_counter(), 0
+    running = psutil.Popen([sys.executable, "stages/train.py", "--shards", shards, "-S", f"train.steps={steps}", *options])
+    while running.poll() is None:
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            memory = max(memory, running.memory_info().rss)
+        time.sleep(0.1)
+    if running.returncode:
+        sys.exit(running.returncode)
+    return time.perf_counter() - began, memory, gae.load_model(weights)
 
 
 def judge(model, corpus):
@@ -49,9 +55,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trained = {steps: train(steps, given.shards, folder) for steps in given.steps}
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10  # MB, of the largest process that has ended
     if (SHARED / "cgae_pretrained.npz").exists():
         print(f"published weights         {judge(from_arrays(**np.load(SHARED / 'cgae_pretrained.npz')), given.corpus)}", flush=True)
-    for steps, (seconds, model) in trained.items():
-        print(f"{steps:5} steps in {seconds:6.1f} s  {judge(model, given.corpus)}", flush=True)
-    print(f"training took up to {memory} MB of memory")
+    for steps, (seconds, memory, model) in trained.items():
+        print(f"{steps:5} steps in {seconds:6.1f} s, {memory / 1e9:.2f} GB  {judge(model, given.corpus)}", flush=True)
