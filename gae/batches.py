@@ -16,7 +16,7 @@ from gae.cqt import transpose
 from gae.errors import TrainingError
 
 _CHUNK = 256  # frames read at a time, as they are stored
-_CACHE_BYTES = 128 << 20  # of frames kept in memory, whatever the size of the corpus
+_CACHE_BYTES = 64 << 20  # of frames kept in memory, whatever the size of the corpus
 
 
 class Batch(NamedTuple):
