@@ -125,6 +125,12 @@ def keep_memory():
         mallopt(mmap_threshold, 32 << 20)
 
 
+def give_back_memory():
+    """Give the system what glibc keeps in holes too small for the next array: they add up over an hour."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def _dask_client(compute, workers):
     """A client of the scheduler that is named, or of a cluster that lives as long as the client."""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from gae import plot
 from gae.batches import Excerpts, long_enough, n_frames_before
 from gae.checkpoints import Checkpoints
-from gae.compute import keep_memory
+from gae.compute import give_back_memory, keep_memory
 from gae.cqt import transpose
 from gae.errors import TrainingError
 from gae.files import digest, read_json, replacing, write_json
@@ -94,6 +94,7 @@ def _advance(run, view, model_path):
         if run.ended:
             break
         run.checkpoint()
+        give_back_memory()
 
 
 def settled(train):
