@@ -165,6 +165,10 @@ if __name__ == "__main__":
     rates = {name: 4096 / seconds[name] for name in list(steps)[:2]}
     rates["the default step"] = default.train.batch * -(-default.train.block // default.train.stride) / seconds["the default step"]
     print(f"{torch.get_num_threads()} threads; {precision} matrix products run at {peak / 1e9:.0f} GFLOP/s")
+    large = {
+        name: min(matmul_seconds(dtype, 1024) for _ in range(2)) for name, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items()
+    }
+    print(f"a product of 1024 by 1024 takes {large['bf16'] / large['fp32']:.1f} times as long in bf16 as in fp32")
     for name, rate in rates.items():
         print(f"{name:34} {rate:8.0f} frames/s")
     print(f"ours / the original's: {rates['the same step, ours'] / rates[next(iter(steps))]:.2f}")
