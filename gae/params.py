@@ -105,8 +105,8 @@ class Train(Section):
     objective: Literal["invariance", "reconstruction"] = Field(
         "invariance", description="reconstruction is the original's loss; invariance adds a contrast between transpositions and views"
     )
-    steps: int = Field(4000, ge=1, le=100_000_000, description="optimiser steps")
-    batch: int = Field(128, ge=1, le=65536, description="excerpts a step, over all devices")
+    steps: int = Field(8000, ge=1, le=100_000_000, description="optimiser steps")
+    batch: int = Field(64, ge=1, le=65536, description="excerpts a step, over all devices")
     block: int = Field(64, ge=2, le=65536, description="frames that an excerpt spans; longer than model.context")
     stride: int = Field(4, ge=1, le=1024, description="use every stride-th frame of an excerpt: neighbours teach little")
     optimiser: Literal["muon", "adam"] = Field("muon", description="of all but the biases, which take Adam; the original's is adam")
@@ -168,7 +168,7 @@ class Evaluate(Section):
 class Plot(Section):
     """What is drawn."""
 
-    interval: int = Field(1000, ge=1, description="steps of training between two drawings of the network")
+    interval: int = Field(2000, ge=1, description="steps of training between two drawings of the network")
     seconds: float = Field(20.0, gt=0, le=3600, description="length of the excerpts drawn, in s")
     filters: int = Field(48, ge=1, le=4096, description="filters drawn")
     dpi: int = Field(110, ge=30, le=600, description="resolution, in dots an inch")
