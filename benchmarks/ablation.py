@@ -1,18 +1,21 @@
 """What each choice of the recipe is worth: one DVC experiment for each choice taken back or varied.
 
-    python benchmarks/ablation.py [--steps 800] [--seeds 1 2 3] [--only NAME ...] [--base KEY=VALUE ...] [--out docs/ablation.json]
+    python benchmarks/ablation.py [--steps 1600] [--seeds 1 2 3] [--only NAME ...] [--base KEY=VALUE ...] [--out docs/ablation.json]
 
 `--base` changes the default from which each row differs. Run it from the root of a clean checkout; every experiment stays in
-`dvc exp show`. All train for the same number of steps. The table is printed after each experiment, so an interrupted run has
-shown all that it measured.
+`dvc exp show`. All train on the same number of frames, that of `--steps` steps of the default. The table is printed after each
+experiment, so an interrupted run has shown all that it measured. What is in `--out` is not run again, and several may write to one:
+on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after the other.
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 from gae.files import read_json, write_json
+from gae.params import load
 
 VARIATIONS = {
     "default": [],
@@ -27,8 +30,9 @@ VARIATIONS = {
     "no-compression": ["cqt.compression=none"],
     "gain-200": ["cqt.gain=200"],
     "input-scale-1": ["model.input_scale=1"],
-    "16-long-excerpts": ["train.batch=16", "train.block=128", "train.stride=1"],
+    "8-long-excerpts": ["train.batch=8", "train.block=128", "train.stride=1"],
     "batch-32": ["train.batch=32", "train.contrast_frames=512"],
+    "batch-128": ["train.batch=128"],
     "adam": ["train.optimiser=adam"],
     "constant-rate": ["train.schedule=constant"],
     "no-averaging": ["train.averaging=0"],
@@ -51,10 +55,11 @@ VARIATIONS = {
 
 def run(name, base, seed, steps):
     """Run one experiment up to its evaluation and return its figures."""
-    settings = [f"train.steps={steps}", f"train.seed={seed}", *base, *VARIATIONS[name]]
-    options = [word for setting in settings for word in ("-S", setting)]
     # an experiment leaves its parameters in the workspace, where the next would inherit them
     subprocess.run(["git", "restore", "params.yaml"], check=True)
+    changes = [*base, *VARIATIONS[name]]
+    settings = [f"train.steps={same_frames(steps, changes)}", f"train.seed={seed}", *changes]
+    options = [word for setting in settings for word in ("-S", setting)]
     experiment = "-".join([name, f"{steps}-steps", f"seed-{seed}", *base])
     subprocess.run(["dvc", "exp", "run", "-n", experiment, *options, "evaluate"], check=True, stdout=sys.stderr)
     metrics, full = read_json("metrics.json"), read_json("evaluation.json")
@@ -66,6 +71,17 @@ def run(name, base, seed, steps):
         "beats_100ms": full["alignment"]["gae"]["transposed"]["100ms"],
         "reconstruction_error": metrics["reconstruction_error"],
     }
+
+
+def same_frames(steps, changes):
+    """In how many steps training by the changed parameters sees as many frames as in `steps` of the default."""
+    frames = [train.batch * math.ceil(train.block / train.stride) for train in (load().train, load(overrides=changes).train)]
+    return round(steps * frames[0] / frames[1])
+
+
+def measured(out):
+    """What a file of results holds, by experiment and seed."""
+    return read_json(out) if out.exists() else {}
 
 
 def table(results):
@@ -85,16 +101,17 @@ def table(results):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", default=list(VARIATIONS), choices=VARIATIONS)
     parser.add_argument("--base", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
     given = parser.parse_args()
-    results = read_json(given.out) if given.out.exists() else {}
     for seed in given.seeds:
         for name in given.only:
-            if str(seed) not in results.get(name, {}):
-                results.setdefault(name, {})[str(seed)] = run(name, given.base, seed, given.steps)
+            if str(seed) not in measured(given.out).get(name, {}):
+                figures = run(name, given.base, seed, given.steps)
+                results = measured(given.out)
+                results.setdefault(name, {})[str(seed)] = figures
                 write_json(given.out, results)
                 print(table(results), flush=True)
