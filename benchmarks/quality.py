@@ -1,6 +1,6 @@
 """How long training takes, from nothing, to be better than the weights that the original implementation publishes.
 
-    python benchmarks/quality.py [--steps 200 800] [--corpus data/corpus] [--shards data/shards/train]
+    python benchmarks/quality.py [--steps 400 1600] [--corpus data/corpus] [--shards data/shards/train]
 
 For each number of steps: seconds from the start of stages/train.py to its end, and how the weights then do on the held-out pieces of
 the built-in corpus, beside those of ../shared/data/cgae_pretrained.npz; and the most memory that training took. Run it after
@@ -49,7 +49,7 @@ def judge(model, corpus):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[200, 800])
+    parser.add_argument("--steps", type=int, nargs="+", default=[400, 1600])
     parser.add_argument("--corpus", default="data/corpus")
     parser.add_argument("--shards", default="data/shards/train")
     given = parser.parse_args()
