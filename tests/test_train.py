@@ -286,6 +286,15 @@ def test_checkpoints_come_at_their_time(shards, tmp_path, quiet, crash, monkeypa
     assert 2 < len(saved) < 6 and all(step % 25 == 0 for step in saved)
 
 
+def test_memory_is_given_back_at_every_pause(shards, tmp_path, quiet, monkeypatch):
+    steps, given_back = [], []
+    update = Run.update
+    monkeypatch.setattr(Run, "update", lambda run, batch: (update(run, batch), steps.append(run.step)))
+    monkeypatch.setattr(module, "give_back_memory", lambda: given_back.append(steps[-1]))  # without, holes grow by megabytes a minute
+    learn(recipe(), shards, tmp_path)
+    assert given_back == [1, 25, 50, 75]
+
+
 def watch_average(monkeypatch):
     """Records the moving average after every step."""
     update, averages = Run.update, {}
