@@ -150,7 +150,7 @@ class _Responses(torch.autograd.Function):
         frames, contexts = ctx.saved_tensors
         total = gradient.new_zeros(gradient.shape[1], contexts.shape[1] * frames.shape[1])
         for rows, part in zip(contexts.split(_PIECE), gradient.split(_PIECE), strict=True):
-            total.addmm_(part.mT, _copied(frames, rows))
+            total = torch.addmm(total, part.mT, _copied(frames, rows))
         return None, None, total
 
 
