@@ -119,7 +119,7 @@ class Train(Section):
     sparsity: float = Field(0.0, ge=0, description="strength of Lee's sparsity and selectivity term; the original's is 1e-5")
     weight_decay: float = Field(0.0, ge=0, description="strength of the squared L2 norm of the filters; the original's is 0")
     shift: int = Field(12, ge=0, le=1000, description="largest transposition of x and y, in bins; the original's is 60")
-    contrast: float = Field(0.05, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
+    contrast: float = Field(0.02, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
     temperature: float = Field(0.1, ge=0.02, le=10, description="temperature of the contrastive term")
     contrast_frames: int = Field(1024, ge=2, le=1_000_000, description="frames that are contrasted with each other, in groups of this size")
     view_share: float = Field(0.5, ge=0, le=1, description="share of the excerpts whose positives come from another view")
