@@ -2,9 +2,9 @@
 
 The rate is that of the arithmetic in which the step runs here: bf16 where the processor multiplies it, single precision elsewhere.
 
-    python benchmarks/training.py [--steps 30]
+    python benchmarks/training.py [--steps 30] [-S KEY=VALUE ...]
 
-The original's step: a Conv2d as high as the frame, single precision, dropout, mse, Adam, on batches of the same frames.
+`-S` changes the default step: train.batch=128, say, or train.compile=true. The original's step: a Conv2d as high as the frame, single precision, dropout, mse, Adam, on batches of the same frames.
 Both are run in turn, step by step, so that both see the same noise of the machine.
 """
 
@@ -74,7 +74,8 @@ def ours(values, frames):
     model = GatedAutoencoder(values.cqt.n_bins, values.model)
     optimisers = optimisers_of(model, settings)
     fabric = Fabric(accelerator="cpu", precision=PRECISIONS[settled(settings).precision])
-    module, *optimisers = fabric.setup(Objective(model, settings), *optimisers)
+    objective = Objective(model, settings)
+    module, *optimisers = fabric.setup(torch.compile(objective) if settings.compile else objective, *optimisers)
     sides = torch.stack([frames, frames])
     batch = sides, sides[:, :, context :: settings.stride], contexts(values), torch.arange(settings.batch) % 2 == 0
 
@@ -141,9 +142,10 @@ def unit_frames(values):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
-    count = parser.parse_args().steps
+    parser.add_argument("-S", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    given = parser.parse_args()
     keep_memory()
-    default = params.Params()
+    default = params.load(overrides=given.changes)
     precision = settled(default.train).precision
     product = f"{precision} matrix product"
     same = params.validate(
@@ -160,7 +162,7 @@ if __name__ == "__main__":
         "the default step": ours(default, unit_frames(default)),
         product: partial(matmul_seconds, torch.bfloat16 if precision == "bf16" else torch.float32),
     }
-    seconds = measure(steps, count)
+    seconds = measure(steps, given.steps)
     peak = 2 * 2048**3 / seconds[product]
     rates = {name: 4096 / seconds[name] for name in list(steps)[:2]}
     rates["the default step"] = default.train.batch * -(-default.train.block // default.train.stride) / seconds["the default step"]
@@ -173,6 +175,7 @@ if __name__ == "__main__":
         print(f"{name:34} {rate:8.0f} frames/s")
     print(f"ours / the original's: {rates['the same step, ours'] / rates[next(iter(steps))]:.2f}")
     step = steps["the default step"]
-    rate, share = operations(step) / seconds["the default step"] / peak, products_share(step)
+    plain = default.model_copy(update={"train": default.train.model_copy(update={"compile": False})})  # its products can be counted
+    rate, share = operations(ours(plain, unit_frames(plain))) / seconds["the default step"] / peak, products_share(step)
     print(f"the default step's share of the matrix rate: {rate:.0%}")
     print(f"its products take {share:.0%} of its time; if they took all of it, the share would be about {rate / share:.0%}")
