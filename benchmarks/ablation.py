@@ -24,6 +24,7 @@ VARIATIONS = {
     "default-last": ["train.validation=0"],
     "original-objective": ["train.objective=reconstruction", "train.sparsity=1e-5", "train.shift=60", "train.dropout=0.5"],
     "contrast-0": ["train.contrast=0"],
+    "contrast-0.01": ["train.contrast=0.01"],
     "contrast-0.05": ["train.contrast=0.05"],
     "contrast-0.3": ["train.contrast=0.3"],
     "temperature-0.05": ["train.temperature=0.05"],

@@ -189,7 +189,7 @@ if __name__ == "__main__":
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     parser.add_argument("--corpus", default="data/corpus")
     given = parser.parse_args()
-    models = {Path(file).stem: gae.load_model(file) for file in given.weights or []} or {"shipped": gae.load_model()}
+    models = {file: gae.load_model(file) for file in given.weights or []} or {"shipped": gae.load_model()}
     ours = next(iter(models.values()))
     if (SHARED / "cgae_pretrained.npz").exists():
         models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
