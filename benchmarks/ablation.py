@@ -45,6 +45,7 @@ VARIATIONS = {
     "shift-24": ["train.shift=24"],
     "context-9": ["model.context=9"],
     "context-17": ["model.context=17"],
+    "context-29": ["model.context=29"],
     "context-33": ["model.context=33"],
     "maps-32": ["model.n_maps=32"],
     "maps-128": ["model.n_maps=128"],
