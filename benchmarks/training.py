@@ -4,7 +4,9 @@ The rate is that of the arithmetic in which the step runs here: bf16 where the p
 
     python benchmarks/training.py [--steps 30] [-S KEY=VALUE ...]
 
-`-S` changes the default step: train.batch=128, say, or train.compile=true. The original's step: a Conv2d as high as the frame, single precision, dropout, mse, Adam, on batches of the same frames.
+Run it from the root; `-S` changes the default step of params.yaml: train.batch=128, say, or train.compile=true.
+
+The original's step: a Conv2d as high as the frame, single precision, dropout, mse, Adam, on batches of the same frames.
 Both are run in turn, step by step, so that both see the same noise of the machine.
 """
 
