@@ -98,8 +98,10 @@ def mono(samples):
     samples = np.asarray(samples, dtype=np.float32)
     if samples.ndim == 1:
         return samples
-    channels = samples.shape[1]
-    return samples @ np.full(channels, 1 / channels, np.float32)  # NumPy's mean over so short an axis takes far longer
+    # Channel by channel: NumPy's mean over so short an axis takes far longer, and a matrix product rounds a sample
+    # as its place in memory and the number of its neighbours ask, so that two decodings may differ in the last bit.
+    first, *others = samples.T
+    return sum(others, start=first) / np.float32(samples.shape[1])
 
 
 def resample(samples, orig_rate, sample_rate):

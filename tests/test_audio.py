@@ -107,6 +107,17 @@ def test_channels_are_averaged(write, channels):
     assert audio.probe(path).channels == channels
 
 
+@pytest.mark.parametrize("channels", [2, 3, 8])
+def test_a_mix_does_not_depend_on_how_the_samples_lie_in_memory(channels):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (4000, channels)).astype(np.float32)
+    whole = audio.mono(samples)
+    for start in range(1, 9):
+        moved = np.zeros(samples.size + start, np.float32)[start:].reshape(samples.shape)
+        moved[:] = samples
+        assert np.array_equal(audio.mono(moved), whole)
+        assert np.array_equal(audio.mono(samples[start : 1000 + 3 * start]), whole[start : 1000 + 3 * start])
+
+
 @pytest.mark.parametrize("target", [22050, 8000])
 def test_samples_do_not_depend_on_how_they_are_read(write, monkeypatch, target):
     samples = tiny.tone(2, 22050)
