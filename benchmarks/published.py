@@ -4,7 +4,8 @@
 
 piano       the JKU Patterns Development Database (../shared/data/jkupdd) played with a SoundFont of your choice (Debian's
             fluid-soundfont-gm has one), human-like in time and loudness, as written and transposed by -6 to 6 semitones;
-            also alignment of a rendering at a steady tempo with a freely timed performance on another piano, pedal down
+            also alignment of a rendering at a steady tempo with a freely timed performance on another piano, pedal down;
+            each piece is there in three takes that differ in little but tempo, so once more with one take of each (piano, 1 take)
 wesnoth, hyperrogue, warzone2100, singularity
             one minute each of up to 24 pieces of the music of a game (Debian's packages wesnoth-1.16-music, hyperrogue-music,
             warzone2100-music, singularity-music), as it is and shifted by Rubber Band (rubberband-cli)
@@ -49,6 +50,7 @@ TEMPI = {"wtc2f20": 84, "sonata01-3": 192, "mazurka24-4": 138, "silverswan": 54,
 FREE = Manner(rubato=0.15, jitter=0.015, dynamics=14.0, accents=8.0, slowing=0.5, held=(0.6, 1.05))
 SHIFTS = [k for k in range(-6, 7) if k]
 FRAMES, STACK, HOP = 100, 8, 2  # frames a track, frames stacked, frames pooled for alignment
+TAKES = 3  # of each piece for the piano
 
 
 def piano_pairs(soundfont, folder):
@@ -57,7 +59,7 @@ def piano_pairs(soundfont, folder):
 
     pairs = []
     for number, path in enumerate(sorted((SHARED / "jkupdd").glob("*.mid"))):
-        for take in range(3):
+        for take in range(TAKES):
             rng = np.random.default_rng([number, take])
             score = pretty_midi.PrettyMIDI(str(path))
             notes = [note for part in score.instruments for note in part.notes if note.start < 90]
@@ -90,7 +92,7 @@ def piano_performances(soundfont, folder):
     for number, (name, tempo) in enumerate(TEMPI.items()):
         table = np.loadtxt(SHARED / "jkupdd" / f"{name}-poly.csv", delimiter=",")
         table = table[table[:, 0] < tempo]  # the first minute
-        for take in range(3):
+        for take in range(TAKES):
             rng = np.random.default_rng([number, take])
             notes = np.zeros(len(table), NOTE)
             notes["onset"], notes["pitch"], notes["length"] = table[:, 0] - table[:, 0].min(), table[:, 1], table[:, 3]
@@ -197,6 +199,7 @@ if __name__ == "__main__":
         sets, performances = {}, {}
         if Path(given.soundfont).exists() and (SHARED / "jkupdd").exists():
             sets["piano"] = piano_pairs(given.soundfont, Path(folder))
+            sets["piano, 1 take"] = sets["piano"][::TAKES]
             performances["piano"] = piano_performances(given.soundfont, Path(folder))
         for name, music in RECORDINGS.items():
             if Path(music).exists() and shutil.which("rubberband"):
@@ -209,9 +212,9 @@ if __name__ == "__main__":
         for name, pairs in sets.items():
             for label, represent in kinds.items():
                 one, stacked = invariance(pairs, represent)
-                print(f"{name:11} {len(pairs):3} tracks  {label:20} top-1 {one:5.1f} / {stacked:5.1f} %", flush=True)
+                print(f"{name:13} {len(pairs):3} tracks  {label:20} top-1 {one:5.1f} / {stacked:5.1f} %", flush=True)
         for name, tasks in performances.items():
             for label, model in models.items():
                 for take in ("transposed", "original"):
                     shares = " / ".join(f"{share:.1f}" for share in alignment(tasks, model, take))
-                    print(f"{name:11} {len(tasks):3} scores, {take:10}  {label:20} beats {shares} %", flush=True)
+                    print(f"{name:13} {len(tasks):3} scores, {take:10}  {label:20} beats {shares} %", flush=True)

@@ -72,14 +72,14 @@ def stepper(module, loss):
 
 def ours(values, frames):
     """One step of our training by the objective, optimiser and stride of the parameters."""
-    settings, context = values.train, values.model.context
+    settings, reach = values.train, values.model.reach
     model = GatedAutoencoder(values.cqt.n_bins, values.model)
     optimisers = optimisers_of(model, settings)
     fabric = Fabric(accelerator="cpu", precision=PRECISIONS[settled(settings).precision])
     objective = Objective(model, settings)
     module, *optimisers = fabric.setup(torch.compile(objective) if settings.compile else objective, *optimisers)
     sides = torch.stack([frames, frames])
-    batch = sides, sides[:, :, context :: settings.stride], contexts(values), torch.arange(settings.batch) % 2 == 0
+    batch = sides, sides[:, :, reach :: settings.stride], contexts(values), torch.arange(settings.batch) % 2 == 0
 
     def step():
         began = time.perf_counter()
@@ -95,9 +95,9 @@ def ours(values, frames):
 
 def contexts(values):
     """The contexts of both sides of a batch, as in `gae.batches.Batch`."""
-    train, context = values.train, values.model.context
-    starts = torch.arange(2 * train.batch).view(2, -1, 1, 1) * (train.block + context)
-    return starts + torch.arange(0, train.block, train.stride)[:, None] + torch.arange(context)
+    train, reach = values.train, values.model.reach
+    starts = torch.arange(2 * train.batch).view(2, -1, 1, 1) * (train.block + reach)
+    return starts + torch.arange(0, train.block, train.stride)[:, None] + reach - torch.tensor(values.model.lags)
 
 
 def matmul_seconds(dtype, size=2048):
@@ -138,7 +138,7 @@ def measure(steps, count):
 def unit_frames(values):
     """Random frames of unit norm for one side of a batch."""
     train = values.train
-    return F.normalize(torch.randn(train.batch, train.block + values.model.context, values.cqt.n_bins), dim=-1)
+    return F.normalize(torch.randn(train.batch, train.block + values.model.reach, values.cqt.n_bins), dim=-1)
 
 
 if __name__ == "__main__":
@@ -152,7 +152,7 @@ if __name__ == "__main__":
     product = f"{precision} matrix product"
     same = params.validate(
         {
-            "model": {"context": 9},
+            "model": {"context": 9, "dilation": 1},
             "train": {"objective": "reconstruction", "optimiser": "adam", "batch": 16, "block": 256, "stride": 1, "sparsity": 1e-5},
         }
     )

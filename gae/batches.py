@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     y : ndarray of float32, shape (2, n_excerpts, ceil(block / stride), n_bins)
         Every `stride`-th frame of the block, which begins n_before frames after x.
     contexts : ndarray of int, shape (2, n_excerpts, ceil(block / stride), context)
-        The context of each frame of y, the earliest first, as rows of x.reshape(-1, n_bins): the frames directly before it, or at
+        The context of each frame of y, the earliest first, as rows of x.reshape(-1, n_bins): `lags` frames before it, or at
         another tempo frames further apart or closer together.
     one_view : ndarray of bool, shape (n_excerpts,)
         Whether both sides are of the same view, and so differ by a transposition alone.
@@ -49,8 +49,8 @@ class Excerpts:
     shards : gae.shards.Shards
     lines : list of list of Track
         Those to draw from, each with its views, and `long_enough`.
-    context : int
-        Frames of context.
+    lags : sequence of int
+        How many frames before y each frame of its context lies, the earliest first: `gae.params.Model.lags`.
     train : gae.params.Train
     rank, world : int
         This process takes every `world`-th excerpt of each batch, from `rank` on.
@@ -58,12 +58,12 @@ class Excerpts:
     Attributes
     ----------
     n_before : int
-        Frames of an excerpt before its block: `context`, or what it becomes at the slowest reading.
+        Frames of an excerpt before its block: as many as the context reaches back, at the slowest reading.
     """
 
-    def __init__(self, shards, lines, context, train, rank=0, world=1):
-        self.shards, self.context, self.train = shards, context, train
-        self.n_before = n_frames_before(context, train)
+    def __init__(self, shards, lines, lags, train, rank=0, world=1):
+        self.shards, self.lags, self.train = shards, np.array(lags), train
+        self.n_before = n_frames_before(lags[0], train)
         self.length = self.n_before + train.block
         self.lines = lines
         if train.batch % world:
@@ -90,7 +90,7 @@ class Excerpts:
                 yield batch
 
     def batch(self, step, room=None):
-        """The `Batch` of a step, this process's share; in `room`, float32 (2, n_excerpts, block + context, n_bins), if it is given."""
+        """The `Batch` of a step, this process's share; in `room`, float32 (2, n_excerpts, n_before + block, n_bins), if it is given."""
         # numbers from train.batch on are no excerpt's: what is drawn for all must not depend on one
         common = np.random.default_rng([self.train.seed, step, self.train.batch])
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
@@ -111,7 +111,7 @@ class Excerpts:
 
     def _contexts(self, tempi):
         """`Batch.contexts`, read at the tempi (2, n_excerpts), ratios."""
-        back = np.rint(tempi[..., None] * np.arange(self.context, 0, -1)).astype(int)
+        back = np.rint(tempi[..., None] * self.lags).astype(int)
         places = self.n_before + np.arange(0, self.train.block, self.train.stride)[:, None] - back[:, :, None]
         return places + self.length * np.arange(tempi.size).reshape(*tempi.shape, 1, 1)
 
@@ -168,9 +168,9 @@ class _Chunks:
         return self.memory[place, :length]
 
 
-def n_frames_before(context, train):
-    """Frames that an excerpt needs before the first that is set against a context."""
-    return math.ceil(context * (1 + train.stretch)) if train.objective == "invariance" else context
+def n_frames_before(reach, train):
+    """Frames that an excerpt needs before the first that is set against a context, which reaches back by `reach`."""
+    return math.ceil(reach * (1 + train.stretch)) if train.objective == "invariance" else reach
 
 
 def long_enough(lines, n_frames):
@@ -184,7 +184,7 @@ def long_enough(lines, n_frames):
     lines = [line for line in lines if _common_length(line) >= n_frames]
     if not lines:
         raise TrainingError(
-            f"no track of the training list has {n_frames} frames (train.block + model.context, stretched); "
+            f"no track of the training list has {n_frames} frames (train.block and what model.context reaches back, stretched); "
             "list longer ones or lower train.block"
         )
     return lines

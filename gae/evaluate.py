@@ -166,11 +166,11 @@ def reconstruction_error(frames, network, shift, rng):
     """
     import torch  # not above: it takes a second, and the processes that import this module need not
 
-    x = np.concatenate([np.repeat(frames[:1], network.sizes.context, axis=0), frames])[:-1]
+    x = np.concatenate([np.repeat(frames[:1], network.sizes.reach, axis=0), frames])[:-1]
     error = power = 0.0
     for start in range(0, len(frames), _EXCERPT):
         y = frames[start : start + _EXCERPT]
-        before = x[start : start + len(y) + network.sizes.context - 1]
+        before = x[start : start + len(y) + network.sizes.reach - 1]
         bins = int(rng.integers(-shift, shift + 1))
         target = transpose(y, bins)
         given = [torch.from_numpy(array)[None] for array in (before, y, transpose(before, bins))]

@@ -1,6 +1,6 @@
 """Frames to features, and the file that holds them.
 
-    <name>.h5    values  float32 or float16 (n_frames, n_maps): the mapping of frame t against the `context` frames before it
+    <name>.h5    values  float32 or float16 (n_frames, n_maps): the mapping of frame t against `context` frames before it
                  times   float64 (n_frames,): centre of each frame, in s
                  attributes: schema, source (path of the audio), source_sha256, model_sha256, cqt (JSON)
 
@@ -121,16 +121,16 @@ def extract_blocks(blocks, model):
         Successive features, as many as frames. Before the first frame stand copies of it.
     """
     mapping = _remembered(model) if isinstance(model, Model) else _mapping(model)  # a network may learn meanwhile
-    context = model.sizes.context
+    reach = model.sizes.reach
     past = None
     for frames in _regrid(blocks, _BLOCK):
         if past is None:
-            past = np.repeat(frames[:1], context, axis=0)
+            past = np.repeat(frames[:1], reach, axis=0)
         joined = np.concatenate([past, frames], dtype=np.float32)
         with _matrix_libraries().limit(limits=1):
             values = mapping(joined)
         yield values
-        past = joined[-context:]
+        past = joined[-reach:]
 
 
 def write(path, blocks, shape, origin, dtype="float32"):
@@ -218,16 +218,18 @@ def validate(path):
 
 
 def _mapping(model):
-    """The function from frames (context + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
+    """The function from frames (reach + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
     weights, sizes = model.weights, model.sizes
-    factors_x = _correlation(weights["filters_x"].reshape(sizes.n_factors, sizes.context, -1))
+    filters_x = np.zeros((sizes.n_factors, sizes.reach, weights["filters_y"].shape[1]), np.float32)
+    filters_x[:, :: sizes.dilation] = weights["filters_x"].reshape(sizes.n_factors, sizes.context, -1)
+    factors_x = _correlation(filters_x)
     filters_y = weights["filters_y"].T * np.float32(sizes.input_scale**2)  # both inputs are scaled, and multiplied
     map_1, bias_1 = weights["map_1.weight"].T, weights["map_1.bias"]
     map_2, bias_2 = weights["map_2.weight"].T, weights["map_2.bias"]
 
     def mapping(frames):
         factors = factors_x(frames[:-1])
-        factors *= frames[sizes.context :] @ filters_y
+        factors *= frames[sizes.reach :] @ filters_y
         return np.tanh(np.tanh(factors @ map_1 + bias_1) @ map_2 + bias_2)
 
     return mapping

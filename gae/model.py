@@ -31,7 +31,7 @@ class GatedAutoencoder(nn.Module):
     n_bins : int
         Bins a frame.
     sizes : gae.params.Model
-        n_factors, n_hidden, n_maps, context, input_scale.
+        n_factors, n_hidden, n_maps, context, dilation, input_scale.
 
     Attributes
     ----------
@@ -43,8 +43,8 @@ class GatedAutoencoder(nn.Module):
 
     Notes
     -----
-    Frame t (y) is set against the `context` frames just before it (x), so sequences of x are `context - 1` frames
-    longer than those of y: y[i] goes with x[i : i + context].
+    Frame t (y) is set against `context` frames before it (x), every `dilation`-th of them from the last on, as far back as
+    `sizes.reach`. So sequences of x are `reach - 1` frames longer than those of y: y[i] goes with x[i : i + reach : dilation].
     """
 
     def __init__(self, n_bins, sizes):
@@ -61,9 +61,10 @@ class GatedAutoencoder(nn.Module):
         return {name: tensor.detach().float().cpu().numpy() for name, tensor in self.state_dict().items()}
 
     def x_factors(self, x):
-        """Filter responses to the contexts in a sequence: x (..., n_frames + context - 1, n_bins) to (..., n_frames, n_factors)."""
-        starts = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])[..., : 1 - self.sizes.context or None]
-        return self.responses(x.flatten(0, -2), starts[..., None] + torch.arange(self.sizes.context, device=x.device))
+        """Filter responses to the contexts in a sequence: x (..., n_frames + reach - 1, n_bins) to (..., n_frames, n_factors)."""
+        starts = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])[..., : 1 - self.sizes.reach or None]
+        within = torch.arange(0, self.sizes.reach, self.sizes.dilation, device=x.device)
+        return self.responses(x.flatten(0, -2), starts[..., None] + within)
 
     def responses(self, frames, contexts):
         """Filter responses to contexts that may lie anywhere among frames.
@@ -92,7 +93,7 @@ class GatedAutoencoder(nn.Module):
 
         Parameters
         ----------
-        x : Tensor, shape (batch, n_frames + context - 1, n_bins)
+        x : Tensor, shape (batch, n_frames + reach - 1, n_bins)
         y : Tensor, shape (batch, n_frames, n_bins)
 
         Returns
@@ -112,7 +113,7 @@ class GatedAutoencoder(nn.Module):
         Parameters
         ----------
         mapping : Tensor, shape (batch, n_frames, n_maps)
-        x : Tensor, shape (batch, n_frames + context - 1, n_bins)
+        x : Tensor, shape (batch, n_frames + reach - 1, n_bins)
 
         Returns
         -------

@@ -79,12 +79,12 @@ def load_model(path: str | Path | None = None) -> Model:
     try:
         model = Model(
             weights={name: array.astype(np.float32) for name, array in weights.items()},
-            sizes=params.Model.model_validate(facts["model"]),
+            sizes=params.Model.model_validate({"dilation": 1} | facts["model"]),  # older files do not say
             cqt=params.Cqt.model_validate(facts["cqt"]),
             facts=facts,
             sha256=content_hash(path),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path}: not a whole model ({' '.join(str(error).split())[:200]}); train again or name another") from None
     if (problem := problem_of(model)) is not None:
         raise FormatError(f"{path}: {problem}; train again or name another")

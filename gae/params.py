@@ -90,6 +90,7 @@ class Model(Section):
     n_hidden: int = Field(128, ge=1, le=16384, description="units of the lower mapping layer")
     n_maps: int = Field(64, ge=1, le=16384, description="units of the top mapping layer: the features")
     context: int = Field(21, ge=1, le=255, description="frames of context x before the frame y, odd; the original's is 9")
+    dilation: int = Field(2, ge=1, le=64, description="of the past, the context takes every this manieth frame; 1 is the original's")
     input_scale: float = Field(10.0, gt=0, le=1000, description="factor on the frames; 1 is the original's, 10 leaves the plateau early")
 
     @model_validator(mode="after")
@@ -97,6 +98,16 @@ class Model(Section):
         if self.context % 2 == 0:
             raise ValueError(f"model.context: got {self.context}, allowed: an odd integer (1, 3, 5, ...)")
         return self
+
+    @property
+    def lags(self):
+        """How many frames before y each frame of the context lies, the earliest first: range of length `context`, down to 1."""
+        return range(self.reach, 0, -self.dilation)
+
+    @property
+    def reach(self):
+        """How many frames before y the earliest of the context lies."""
+        return 1 + self.dilation * (self.context - 1)
 
 
 class Train(Section):
@@ -107,7 +118,7 @@ class Train(Section):
     )
     steps: int = Field(8000, ge=1, le=100_000_000, description="optimiser steps")
     batch: int = Field(64, ge=1, le=65536, description="excerpts a step, over all devices")
-    block: int = Field(64, ge=2, le=65536, description="frames that an excerpt spans; longer than model.context")
+    block: int = Field(64, ge=2, le=65536, description="frames that an excerpt spans; more than model.context reaches back")
     stride: int = Field(4, ge=1, le=1024, description="use every stride-th frame of an excerpt: neighbours teach little")
     optimiser: Literal["muon", "adam"] = Field("muon", description="of all but the biases, which take Adam; the original's is adam")
     learning_rate: float = Field(1.5e-3, gt=0, le=1, description="peak learning rate of Adam")
@@ -204,8 +215,11 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _block_holds_context(self):
-        if self.train.block <= self.model.context:
-            raise ValueError(f"train.block: got {self.train.block} frames, allowed: more than model.context ({self.model.context} frames)")
+        if self.train.block <= self.model.reach:
+            raise ValueError(
+                f"train.block: got {self.train.block} frames, allowed: more than the {self.model.reach} frames "
+                f"that model.context {self.model.context} with model.dilation {self.model.dilation} reaches back"
+            )
         return self
 
 

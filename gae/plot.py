@@ -164,7 +164,7 @@ def draw_filters_x(network, cqt, path, plot, suffix=""):
     filters = network.weights["filters_x"][_order(network)[: plot.filters]].reshape(-1, context, cqt.n_bins)
     limit = np.quantile(np.abs(filters), 0.998)
     apart = np.pad(filters, ((0, 0), (0, 1 + context // 8), (0, 0)), constant_values=np.nan)
-    label = f"time, for each filter the {context * cqt.frame_seconds * 1000:.0f} ms before the frame"
+    label = f"time, for each filter the {network.sizes.reach * cqt.frame_seconds * 1000:.0f} ms before the frame"
     with _picture(path, plot, _filters_height(filters)) as figure:
         column = _filter_rows(figure, cqt, filters, f"Filters of the context, by their weight in the mapping{suffix}", label)
         for axes, row in zip(column, _filter_groups(apart), strict=True):
@@ -465,7 +465,7 @@ def _rebuild(frames, network, bins):
     import torch  # not above: it takes a second, and the processes that draw tracks do without
 
     with torch.no_grad():
-        context = np.concatenate([np.repeat(frames[:1], network.sizes.context, axis=0), frames])[:-1]
+        context = np.concatenate([np.repeat(frames[:1], network.sizes.reach, axis=0), frames])[:-1]
         x, moved, y = (torch.from_numpy(array)[None].to(network.filters_y.device) for array in (context, transpose(context, bins), frames))
         rebuilt = network.reconstruct(network.mapping(x, y), moved)
     return transpose(frames, bins), rebuilt[0].cpu().numpy()

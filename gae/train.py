@@ -147,10 +147,10 @@ class Run:
         self.fabric, self.params, self.shards = fabric, params, shards
         dtypes = sorted({track.dtype for track in shards.tracks.values()})
         self.data = digest([read_json(shards.folder / "index.json"), shards.cqt.model_dump(), dtypes])
-        usable = long_enough(shards.lines, n_frames_before(params.model.context, params.train) + params.train.block)
+        usable = long_enough(shards.lines, n_frames_before(params.model.reach, params.train) + params.train.block)
         lines, held_out = split(usable, params.train.validation)
-        self.excerpts = Excerpts(shards, lines, params.model.context, params.train, fabric.global_rank, fabric.world_size)
-        self.validation = Validation(shards, held_out, params.model.context, params.train.seed)
+        self.excerpts = Excerpts(shards, lines, params.model.lags, params.train, fabric.global_rank, fabric.world_size)
+        self.validation = Validation(shards, held_out, params.model.reach, params.train.seed)
 
         torch.manual_seed(params.train.seed)
         self.model = GatedAutoencoder(shards.cqt.n_bins, params.model)
@@ -402,19 +402,20 @@ class Validation:
     shards : gae.shards.Shards
     lines : list of list of Track
         May be empty.
-    context : int
+    reach : int
+        Frames that the context reaches back.
     seed : int
     """
 
-    def __init__(self, shards, lines, context, seed):
+    def __init__(self, shards, lines, reach, seed):
         rng = np.random.default_rng([seed, 1])
         queries, candidates = [], []
         for line in lines:
-            last = min(track.n_frames for track in line) - context - 1
+            last = min(track.n_frames for track in line) - reach - 1
             shift = int(rng.choice([k for k in range(-6, 7) if k])) * shards.cqt.bins_per_octave // 12
             for start in rng.integers(0, last + 1, math.ceil(_VALIDATION_FRAMES / len(lines))):
-                queries.append(shards.read(line[0].key, start, start + context + 1))
-                candidates.append(transpose(shards.read(line[-1].key, start, start + context + 1), shift))
+                queries.append(shards.read(line[0].key, start, start + reach + 1))
+                candidates.append(transpose(shards.read(line[-1].key, start, start + reach + 1), shift))
         self.windows = [torch.from_numpy(np.stack(windows)) for windows in (queries, candidates) if windows]
 
     def score(self, model):

@@ -19,7 +19,7 @@ TINY = {
     "corpus": {"hours": 0.005, "views": 2, "view_transposition": 2, "heldout": 2, "seed": 319},
     "data": {"shard_mb": 1},
     "cqt": {"sample_rate": 8000, "hop_length": 256, "fmin": 110.0, "n_bins": 48, "bins_per_octave": 12},
-    "model": {"n_factors": 16, "n_hidden": 8, "n_maps": 8, "context": 3},
+    "model": {"n_factors": 16, "n_hidden": 8, "n_maps": 8, "context": 3, "dilation": 2},
     "train": {"steps": 50, "batch": 2, "block": 32, "shift": 12, "contrast_frames": 32},
     "evaluate": {"frames": 20, "stack": 4, "bootstrap": 20},
     "plot": {"seconds": 2, "filters": 4, "dpi": 40},

@@ -9,6 +9,7 @@ from gae.params import Train
 from gae.shards import Shards
 
 BINS, CONTEXT = tiny.CQT.n_bins, 5
+LAGS = range(CONTEXT, 0, -1)
 LENGTHS = [(60,), (300,), (90, 90, 80), (2100, 2100)]
 
 
@@ -38,9 +39,9 @@ def origin(frames):
     return int(line[0]) - 1, int(view[0]) - 1, times.astype(int) - 1, shift
 
 
-def excerpts(shards, rank=0, world=1, **settings):
+def excerpts(shards, rank=0, world=1, lags=LAGS, **settings):
     settings = {"block": 24, "batch": 6, "stride": 1, "dropout": 0.0, "shift": 16, "stretch": 0.0, **settings}
-    return Excerpts(shards, shards.lines, CONTEXT, Train(**settings), rank, world)
+    return Excerpts(shards, shards.lines, lags, Train(**settings), rank, world)
 
 
 def equal(one, other):
@@ -65,6 +66,17 @@ def test_x_is_the_context_directly_before_y(shards, objective, stride):
         for y, contexts in zip(*(part.reshape(12, *part.shape[2:]) for part in (batch.y, batch.contexts)), strict=True):
             for frame, context in zip(y, batch.x.reshape(-1, BINS)[contexts], strict=True):
                 assert np.array_equal(origin(context)[2], origin(frame[None])[2][0] - np.arange(CONTEXT, 0, -1))
+
+
+def test_a_dilated_context_leaves_frames_out(shards):
+    made = excerpts(shards, lags=range(9, 0, -2))
+    assert made.n_before == 9
+    for _, sides in readings(made, 10):
+        assert (sides == [9, 7, 5, 3, 1]).all()
+    slow = excerpts(shards, lags=range(9, 0, -2), stretch=0.4)
+    assert slow.n_before == 13
+    seen = {tuple(row) for _, sides in readings(slow, 100) for row in sides}
+    assert (9, 7, 5, 3, 1) in seen and (12, 9, 7, 4, 1) in seen and max(seen)[0] <= 13 and {row[-1] for row in seen} == {1}
 
 
 def readings(made, n_steps):
@@ -144,7 +156,7 @@ def test_lines_are_drawn_by_their_length(shards):
 
 
 def test_every_excerpt_of_a_line_is_drawn(shards):
-    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=24, batch=6, stride=1, shift=5, stretch=0))
+    made = Excerpts(shards, shards.lines[:1], LAGS, Train(block=24, batch=6, stride=1, shift=5, stretch=0))
     assert {times[0] for _, (_, _, times, _), _ in drawn(made, 100)} == set(range(CONTEXT, 60 - 24 + 1))
 
 
@@ -264,7 +276,7 @@ def test_tracks_shorter_than_an_excerpt_are_left_out(shards):
 
 
 def test_a_track_of_just_one_excerpt_will_do(shards):
-    made = Excerpts(shards, shards.lines[:1], CONTEXT, Train(block=60 - CONTEXT, batch=3, stride=1, dropout=0.0, shift=16, stretch=0))
+    made = Excerpts(shards, shards.lines[:1], LAGS, Train(block=60 - CONTEXT, batch=3, stride=1, dropout=0.0, shift=16, stretch=0))
     assert all(origin(y)[2][0] == CONTEXT for y in made.batch(0).y[0] if y.any())
 
 

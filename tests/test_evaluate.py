@@ -172,11 +172,11 @@ class Persistence(torch.nn.Module):
     sizes = tiny.SIZES
 
     def mapping(self, x, y):
-        assert len(x[0]) == len(y[0]) + self.sizes.context - 1
+        assert len(x[0]) == len(y[0]) + self.sizes.reach - 1
         return y
 
     def reconstruct(self, mapping, x):
-        return x[:, self.sizes.context - 1 :]
+        return x[:, self.sizes.reach - 1 :]
 
 
 def test_reconstruction_sees_the_transposed_context():

@@ -24,7 +24,7 @@ def by_the_formula(frames, model):
     for t in range(len(frames)):
         factors = np.zeros(model.sizes.n_factors)
         for f in range(model.sizes.n_factors):
-            x = sum(w["filters_x"][f, k] @ frames[max(0, t - model.sizes.context + k)] for k in range(model.sizes.context))
+            x = sum(w["filters_x"][f, k] @ frames[max(0, t - lag)] for k, lag in enumerate((9, 7, 5, 3, 1)))
             factors[f] = model.sizes.input_scale * x * model.sizes.input_scale * (w["filters_y"][f] @ frames[t])
         hidden = np.tanh(w["map_1.weight"] @ factors + w["map_1.bias"])
         values.append(np.tanh(w["map_2.weight"] @ hidden + w["map_2.bias"]))
@@ -51,7 +51,7 @@ def test_features_equal_the_networks_mapping():
 
     model, frames = tiny.model(), tiny.frames(5000)
     y = torch.from_numpy(frames)[None]
-    x = torch.cat([y[:, :1].expand(-1, model.sizes.context, -1), y], 1)[:, :-1]
+    x = torch.cat([y[:, :1].expand(-1, model.sizes.reach, -1), y], 1)[:, :-1]
     with torch.inference_mode():
         mapping = model.network.mapping(x, y)[0].numpy()
     assert np.abs(extract_frames(frames, model) - mapping).max() < 1e-5

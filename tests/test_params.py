@@ -79,8 +79,13 @@ def test_what_is_read_cannot_be_changed(load):
         ("cqt: {fmin: 400}", "cqt.fmin", "below half of cqt.sample_rate, 11025 Hz"),
         ("cqt: {n_bins: 180}", "cqt.fmin", "below half of cqt.sample_rate"),
         ("cqt: {n_bins: 2000, bins_per_octave: 1}", "cqt.fmin", "below half of cqt.sample_rate"),
-        ("{train: {block: 9}, model: {context: 9}}", "train.block", "more than model.context (9 frames)"),
-        ("{model: {context: 255}, train: {block: 200}}", "train.block", "more than model.context"),
+        (
+            "{train: {block: 9}, model: {context: 9}}",
+            "train.block",
+            "more than the 17 frames that model.context 9 with model.dilation 2 reaches back",
+        ),
+        ("{model: {context: 255, dilation: 1}, train: {block: 200}}", "train.block", "more than the 255 frames"),
+        ("model: {dilation: 0}", "model.dilation", ">= 1"),
         ("train: {batch: 16, devices: 3}", "train.batch", "a multiple of train.devices x train.nodes (3)"),
         ("model: {width: 3}", "model.width", "n_factors, n_hidden, n_maps"),
         ("modle: {n_maps: 3}", "modle", "corpus, data, cqt, model"),
@@ -98,7 +103,8 @@ def test_a_mistake_is_one_line_with_the_dotted_key_and_what_is_allowed(refuse, t
 
 
 def test_the_limits_themselves_are_allowed(load):
-    assert load("{train: {block: 10}, model: {context: 9}}").train.block == 10
+    assert load("{train: {block: 10}, model: {context: 9, dilation: 1}}").train.block == 10
+    assert load("{train: {block: 18}, model: {context: 9, dilation: 2}}").train.block == 18
     assert load("cqt: {sample_rate: 4000, fmin: 1000, n_bins: 11, bins_per_octave: 12}").cqt.n_bins == 11
     with pytest.raises(ParamsError, match=r"cqt\.fmin"):
         load("cqt: {sample_rate: 4000, fmin: 1000, n_bins: 12, bins_per_octave: 12}")

@@ -144,8 +144,9 @@ def test_reconstruction_is_made_from_the_context_alone():
     up = torch.from_numpy(transpose(frames, 5))
     assert torch.equal(seen["m"], seen["mapping"])
     assert np.array_equal(target, up.numpy())
-    for t in range(network.sizes.context, 30):
-        assert torch.equal(seen["x"][0, t : t + network.sizes.context], up[t - network.sizes.context : t])
+    reach = network.sizes.reach
+    for t in range(reach, 30):
+        assert torch.equal(seen["x"][0, t : t + reach], up[t - reach : t])
     assert rebuilt.shape == target.shape
 
 

@@ -32,7 +32,7 @@ def recipe(**changes):
     quick = {"steps": STEPS, "batch": 4, "block": 24, "stride": 2, "shift": 8, "contrast_frames": 24, "averaging": 0.9}
     quick |= {"contrast": 0.3, "temperature": 0.1, "learning_rate": 1.5e-3, "muon_rate": 0.02, "view_share": 0.5, "validation": 0.1}
     quick |= {"precision": "fp32", "accelerator": "cpu", "checkpoint_seconds": 0, "dropout": 0.2, "dtype": "float32"}
-    sizes = {"n_factors": 16, "n_hidden": 8, "n_maps": 6, "context": 3}
+    sizes = {"n_factors": 16, "n_hidden": 8, "n_maps": 6, "context": 3, "dilation": 2}
     return params.validate({"model": sizes, "train": {**quick, **changes}, "plot": {"interval": 30}})
 
 
@@ -225,7 +225,7 @@ def test_a_changed_parameter_starts_afresh(shards, tmp_path, quiet, crash, chang
 
 def test_a_changed_model_starts_afresh(shards, tmp_path, quiet, crash):
     done = stopped(recipe(), shards, tmp_path, crash)
-    learn(recipe().model_copy(update={"model": params.Model(n_factors=16, n_hidden=8, n_maps=7, context=3)}), shards, tmp_path)
+    learn(recipe().model_copy(update={"model": params.Model(n_factors=16, n_hidden=8, n_maps=7, context=3, dilation=2)}), shards, tmp_path)
     assert done[0] == 0
 
 
@@ -511,11 +511,11 @@ def test_training_never_sees_the_tracks_to_validate_on(shards, tmp_path, quiet, 
 
 
 def test_tracks_too_short_are_neither_trained_nor_validated_on(tmp_path, quiet):
-    frames = [[tiny.music(n, n)] for n in [2, 3, 10, 27] * 3]
+    frames = [[tiny.music(n, n)] for n in [2, 3, 10, 30] * 3]
     tiny.write_shards(tmp_path / "short", frames)
-    with pytest.raises(TrainingError, match="no track of the training list has 28 frames"):
+    with pytest.raises(TrainingError, match="no track of the training list has 31 frames"):
         learn(recipe(validation=0.5), tmp_path / "short", tmp_path)
-    tiny.write_shards(tmp_path / "some", [*frames, [tiny.music(28, 5)]])
+    tiny.write_shards(tmp_path / "some", [*frames, [tiny.music(31, 5)]])
     learn(recipe(validation=0.5, steps=3), tmp_path / "some", tmp_path)
 
 
@@ -581,7 +581,7 @@ def test_training_learns(tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(module, "VALIDATION_STEPS", 25)
     tiny.write_shards(tmp_path / "shards", [[tiny.music(400, seed)] for seed in range(12)])
     settings = recipe(steps=400, batch=8, shift=6, learning_rate=5e-3, dropout=0.0, stride=1, validation=0.2)
-    wide = params.Model(n_factors=32, n_hidden=16, n_maps=16, context=3)
+    wide = params.Model(n_factors=32, n_hidden=16, n_maps=16, context=3, dilation=2)
     learn(settings.model_copy(update={"model": wide}), tmp_path / "shards", tmp_path)
     curves = {
         name: np.loadtxt(tmp_path / f"training/plots/metrics/{name}.tsv", skiprows=1)[:, 1]
