@@ -90,7 +90,7 @@ class Model(Section):
     n_hidden: int = Field(128, ge=1, le=16384, description="units of the lower mapping layer")
     n_maps: int = Field(64, ge=1, le=16384, description="units of the top mapping layer: the features")
     context: int = Field(21, ge=1, le=255, description="frames of context x before the frame y, odd; the original's is 9")
-    dilation: int = Field(2, ge=1, le=64, description="of the past, the context takes every this manieth frame; 1 is the original's")
+    dilation: int = Field(2, ge=1, le=64, description="the context takes every n-th frame of the past; 1 is the original's")
     input_scale: float = Field(10.0, gt=0, le=1000, description="factor on the frames; 1 is the original's, 10 leaves the plateau early")
 
     @model_validator(mode="after")
