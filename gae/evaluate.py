@@ -16,7 +16,7 @@ from gae.compute import beside_files, map_tracks
 from gae.convert import convert_file
 from gae.cqt import compress, magnitude_blocks, standardise, transpose
 from gae.errors import FormatError, ParamsError
-from gae.features import extract_frames
+from gae.features import extract_frames, with_past
 from gae.files import read_json, replacing, write_json
 from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, stack
 from gae.modelfile import load_model
@@ -166,7 +166,7 @@ def reconstruction_error(frames, network, shift, rng):
     """
     import torch  # not above: it takes a second, and the processes that import this module need not
 
-    x = np.concatenate([np.repeat(frames[:1], network.sizes.reach, axis=0), frames])[:-1]
+    x = with_past(frames, network.sizes.reach)[:-1]
     error = power = 0.0
     for start in range(0, len(frames), _EXCERPT):
         y = frames[start : start + _EXCERPT]

@@ -121,16 +121,17 @@ def extract_blocks(blocks, model):
         Successive features, as many as frames. Before the first frame stand copies of it.
     """
     mapping = _remembered(model) if isinstance(model, Model) else _mapping(model)  # a network may learn meanwhile
-    reach = model.sizes.reach
-    past = None
+    reach, joined = model.sizes.reach, None
     for frames in _regrid(blocks, _BLOCK):
-        if past is None:
-            past = np.repeat(frames[:1], reach, axis=0)
-        joined = np.concatenate([past, frames], dtype=np.float32)
+        joined = with_past(frames, reach) if joined is None else np.concatenate([joined[-reach:], frames], dtype=np.float32)
         with _matrix_libraries().limit(limits=1):
             values = mapping(joined)
         yield values
-        past = joined[-reach:]
+
+
+def with_past(frames, reach):
+    """Frames, float32 (n_frames, n_bins), after the past that a context of the first asks for, copies of it: (reach + n_frames, n_bins)."""
+    return np.concatenate([np.repeat(frames[:1], reach, axis=0), frames], dtype=np.float32)
 
 
 def write(path, blocks, shape, origin, dtype="float32"):

@@ -19,7 +19,7 @@ from gae.cqt import frames as cqt_frames
 from gae.cqt import transpose
 from gae.errors import FormatError
 from gae.evaluate import LABELS, TOLERANCES, heldout_file, heldout_pieces
-from gae.features import extract_frames
+from gae.features import extract_frames, with_past
 from gae.files import read_json, replacing
 from gae.measures import pool, stack, unit
 from gae.modelfile import load_model
@@ -465,7 +465,7 @@ def _rebuild(frames, network, bins):
     import torch  # not above: it takes a second, and the processes that draw tracks do without
 
     with torch.no_grad():
-        context = np.concatenate([np.repeat(frames[:1], network.sizes.reach, axis=0), frames])[:-1]
+        context = with_past(frames, network.sizes.reach)[:-1]
         x, moved, y = (torch.from_numpy(array)[None].to(network.filters_y.device) for array in (context, transpose(context, bins), frames))
         rebuilt = network.reconstruct(network.mapping(x, y), moved)
     return transpose(frames, bins), rebuilt[0].cpu().numpy()

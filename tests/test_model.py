@@ -92,12 +92,12 @@ def test_the_mapping_follows_the_formula(network):
 
 
 def test_the_reconstruction_follows_the_formula(network):
-    x, _ = excerpts()
+    x = 2 * excerpts()[0]
     mapping = np.random.default_rng(1).uniform(-1, 1, (3, 12, SIZES.n_maps))
     expected = np.stack([Slow(network).reconstruction(*pair) for pair in zip(mapping, x.numpy(), strict=True)])
     made = network.reconstruct(torch.from_numpy(mapping).float(), x).detach().numpy()
     assert made.shape == (3, 12, BINS)
-    assert np.abs(expected).max() > 0.05 and np.allclose(made, expected, atol=1e-5)
+    assert np.abs(expected).max() > 0.1 and np.allclose(made, expected, atol=1e-5)
 
 
 def test_a_context_may_lie_anywhere(network):
