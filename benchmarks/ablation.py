@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from gae.files import read_json, write_json
 from gae.params import load
 
@@ -87,6 +89,15 @@ def measured(out):
     return read_json(out) if out.exists() else {}
 
 
+def record(out, name, seed, figures):
+    """Add the figures of an experiment to a file of results that others may write to; all that it then holds."""
+    with FileLock(f"{out}.lock"):
+        results = measured(out)
+        results.setdefault(name, {})[str(seed)] = figures
+        write_json(out, results)
+    return results
+
+
 def table(results):
     """The results as a Markdown table: means over the seeds."""
     titles = ["experiment", "seeds", "top-1, 1 frame", "8 frames", "beats within 50 ms", "100 ms", "reconstruction error"]
@@ -113,8 +124,4 @@ if __name__ == "__main__":
     for seed in given.seeds:
         for name in given.only:
             if str(seed) not in measured(given.out).get(name, {}):
-                figures = run(name, given.base, seed, given.steps)
-                results = measured(given.out)
-                results.setdefault(name, {})[str(seed)] = figures
-                write_json(given.out, results)
-                print(table(results), flush=True)
+                print(table(record(given.out, name, seed, run(name, given.base, seed, given.steps))), flush=True)
