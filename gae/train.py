@@ -162,7 +162,7 @@ class Run:
         self.objective, *self.optimisers = fabric.setup(_compiled(objective) if params.train.compile else objective, *optimisers)
 
         self.step, self.history, self.seconds = 0, [], 0.0
-        self.best_score, self.best_step, self.fruitless = -1.0, 0, 0
+        self.best_score, self.best_error, self.best_step, self.fruitless = -1.0, 0.0, 0, 0
         self._window = []
         recipe = [params.model.model_dump(), recipe_of(params.train), self.data]
         modules = {"model": self.model, "average": self.average, "best": self.best}
@@ -227,12 +227,14 @@ class Run:
         Scores within a standard error of each other tell nothing apart, and later weights rebuild better: the one-standard-error
         rule of L. Breiman et al., Classification and Regression Trees, 1984. Without such tracks the newest are the best.
         """
-        score = self.validation.score(self.average)
-        if score is not None:
+        scored = self.validation.score(self.average)
+        if scored:
+            score, error = scored
             self.fruitless = 0 if score > self.best_score else self.fruitless + 1
-            self.best_score = max(self.best_score, score)
+            if score > self.best_score:
+                self.best_score, self.best_error = score, error
             self.history[-1]["validation_top1"] = score
-        if score is None or score >= self.best_score - self.validation.error(self.best_score):
+        if not scored or score >= self.best_score - self.best_error:
             self.best.load_state_dict(self.average.state_dict())
             self.best_step = self.step
 
@@ -243,7 +245,7 @@ class Run:
         self._checkpointed = time.monotonic()
         self.store.save(
             step=self.step, history=self.history, seconds=self.elapsed(),
-            best_score=self.best_score, best_step=self.best_step, fruitless=self.fruitless,
+            best_score=self.best_score, best_error=self.best_error, best_step=self.best_step, fruitless=self.fruitless,
         )  # fmt: skip
 
     def elapsed(self):
@@ -416,20 +418,28 @@ class Validation:
             for start in rng.integers(0, last + 1, math.ceil(_VALIDATION_FRAMES / len(lines))):
                 queries.append(shards.read(line[0].key, start, start + reach + 1))
                 candidates.append(transpose(shards.read(line[-1].key, start, start + reach + 1), shift))
+        self.n_lines = len(lines)
         self.windows = [torch.from_numpy(np.stack(windows)) for windows in (queries, candidates) if windows]
 
     def score(self, model):
-        """Share of the frames whose nearest by cosine is themselves, transposed; None without tracks."""
+        """Share of the frames whose nearest by cosine is themselves, transposed, and its standard error; None without tracks."""
         if not self.windows:
             return None
         device = model.filters_x.device
         with torch.inference_mode():
             mappings = [model.mapping(w[:, :-1].to(device), w[:, -1:].to(device))[:, 0].cpu().numpy() for w in self.windows]
-        return float(np.mean(invariance_top1(*mappings)))
+        return mean_and_error(invariance_top1(*mappings).reshape(self.n_lines, -1))
 
-    def error(self, score):
-        """Standard error of a score in [0, 1], a share of the frames: sqrt(score (1 - score) / n_frames)."""
-        return math.sqrt(score * (1 - score) / len(self.windows[0]))
+
+def mean_and_error(found):
+    """The share of frames found (n_tracks, n_frames), and its standard error over the tracks.
+
+    Frames of one piece fail together. So the error is that of as many means as there are tracks, but never less than that of
+    frames that know nothing of each other, sqrt(p (1 - p) / n): few tracks may agree by chance, and one says nothing of others.
+    """
+    share, means = float(found.mean()), found.mean(1)
+    over_tracks = float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    return share, max(over_tracks, math.sqrt(share * (1 - share) / found.size))
 
 
 def split(lines, share):

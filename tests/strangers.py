@@ -783,7 +783,7 @@ def _checkpoint():
     module, optimiser, store = _store("out/checkpoint")
     module(torch.ones(3)).sum().backward()
     optimiser.step()
-    store.save(step=25, history=[{"step": 25, "loss": 1.0}], seconds=3.0, best_score=-1.0, best_step=0, fruitless=0)
+    store.save(step=25, history=[{"step": 25, "loss": 1.0}], seconds=3.0, best_score=-1.0, best_error=0.0, best_step=0, fruitless=0)
     return store.file.read_bytes()
 
 

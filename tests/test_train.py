@@ -21,7 +21,7 @@ from gae.errors import TrainingError
 from gae.files import read_json, write_json
 from gae.modelfile import load_model
 from gae.shards import Shards
-from gae.train import Run, Validation, schedule, split, train
+from gae.train import Run, Validation, mean_and_error, schedule, split, train
 
 ROOT = Path(__file__).parents[1]
 N_LINES, STEPS = 10, 85
@@ -359,8 +359,7 @@ def test_an_absurd_rate_stops_the_run_with_the_last_good_weights(shards, tmp_pat
 def scores(monkeypatch, values):
     values = iter(values)
     monkeypatch.setattr(module, "VALIDATION_STEPS", 25)
-    monkeypatch.setattr(Validation, "score", lambda validation, model: next(values))
-    monkeypatch.setattr(Validation, "error", lambda validation, score: 0.05)
+    monkeypatch.setattr(Validation, "score", lambda validation, model: (next(values), 0.05))
 
 
 def test_patience_ends_the_run_and_the_best_weights_are_kept(shards, tmp_path, quiet, monkeypatch):
@@ -393,7 +392,7 @@ def test_the_newest_weights_within_a_standard_error_of_the_best_are_kept(shards,
 def test_patience_is_not_forgotten_by_a_stopped_run(shards, tmp_path, quiet, crash, monkeypatch):
     """Scores are made to follow from the weights, so that runs can be compared."""
     monkeypatch.setattr(module, "VALIDATION_STEPS", 25)
-    monkeypatch.setattr(Validation, "score", lambda validation, model: model.map_1.weight.sum().item() * 1e3 % 1 / 2)
+    monkeypatch.setattr(Validation, "score", lambda validation, model: (model.map_1.weight.sum().item() * 1e3 % 1 / 2, 0.02))
     settings = recipe(patience=3, steps=1000)
     crash(None)
     unbroken = learn(settings, shards, tmp_path / "unbroken")
@@ -570,15 +569,25 @@ def test_validation_knows_invariant_features_from_others(tmp_path):
     with Shards(tmp_path / "shards") as read:
         validation = Validation(read, read.lines, 3, seed=1)
         assert len(validation.windows[0]) == 1200
-        assert validation.score(Fake(intervals)) > 0.8 and validation.score(Fake(lambda x, y: y)) < 0.1
+        assert validation.score(Fake(intervals))[0] > 0.8 and validation.score(Fake(lambda x, y: y))[0] < 0.1
         assert validation.score(Fake(intervals)) == Validation(read, read.lines, 3, seed=1).score(Fake(intervals))
         assert Validation(read, [], 3, seed=1).score(Fake(intervals)) is None
-        assert validation.error(0.5) == pytest.approx(0.5 / math.sqrt(1200)) and validation.error(0) == validation.error(1) == 0
+
+
+def test_the_error_of_a_score_is_that_over_the_tracks():
+    found = np.repeat([[True], [True], [False], [False]], 100, axis=1)  # pieces that are found whole or not at all
+    assert mean_and_error(found) == (0.5, pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2))
+    independent = np.tile([True, False], (4, 50))  # tracks that agree by chance
+    assert mean_and_error(independent) == (0.5, pytest.approx(0.5 / math.sqrt(400)))
+    assert mean_and_error(found[:1] & independent[:1]) == (0.5, pytest.approx(0.05))
+    assert mean_and_error(found[:2]) == (1.0, 0.0) and mean_and_error(found[2:]) == (0.0, 0.0)
 
 
 def test_training_learns(tmp_path, quiet, monkeypatch):
     """A minute of tunes: the losses fall, and frames are found again when they are transposed."""
     monkeypatch.setattr(module, "VALIDATION_STEPS", 25)
+    score, scored = Validation.score, []
+    monkeypatch.setattr(Validation, "score", lambda *arguments: scored.append(score(*arguments)) or scored[-1])
     tiny.write_shards(tmp_path / "shards", [[tiny.music(400, seed)] for seed in range(12)])
     settings = recipe(steps=400, batch=8, shift=6, learning_rate=5e-3, dropout=0.0, stride=1, validation=0.2)
     wide = params.Model(n_factors=32, n_hidden=16, n_maps=16, context=3, dilation=2)
@@ -591,9 +600,10 @@ def test_training_learns(tmp_path, quiet, monkeypatch):
     assert curves["contrast"][-1] < 0.6 * curves["contrast"][0] and curves["reconstruction"][-1] < 0.8
     assert curves["validation_top1"].max() > 3 * curves["validation_top1"][0] + 0.1
     model = load_model(tmp_path / "gae.safetensors")
-    scores = curves["validation_top1"]
-    best = np.maximum.accumulate(scores)
-    as_good = np.flatnonzero(scores >= best - np.sqrt(best * (1 - best) / 100))
+    scores, errors = np.transpose(scored)
+    assert scores == pytest.approx(curves["validation_top1"]) and all(errors[scores > 0] > 0)
+    best = np.array([np.argmax(scores[: n + 1]) for n in range(len(scores))])
+    as_good = np.flatnonzero(scores >= scores[best] - errors[best])
     assert model.facts["step"] == 25 * (1 + as_good[-1])
 
 
