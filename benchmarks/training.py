@@ -79,7 +79,8 @@ def ours(values, frames):
     objective = Objective(model, settings)
     module, *optimisers = fabric.setup(torch.compile(objective) if settings.compile else objective, *optimisers)
     sides = torch.stack([frames, frames])
-    batch = sides, sides[:, :, reach :: settings.stride], contexts(values), torch.arange(settings.batch) % 2 == 0
+    one_view, weight = torch.arange(settings.batch) % 2 == 0, torch.tensor(settings.contrast)
+    batch = sides, sides[:, :, reach :: settings.stride], contexts(values), one_view, weight
 
     def step():
         began = time.perf_counter()

@@ -188,8 +188,9 @@ class Run:
         train = self.params.train
         for group in [group for optimiser in self.optimisers for group in optimiser.param_groups]:
             group["lr"] = group["initial_lr"] * schedule(self.step, train)
+        inputs = [*map(torch.from_numpy, batch), torch.tensor(contrast_weight(self.step, train))]
         try:
-            terms = self.objective(*(torch.from_numpy(array).to(self.fabric.device) for array in batch))
+            terms = self.objective(*(tensor.to(self.fabric.device) for tensor in inputs))
             self.fabric.backward(terms["loss"])
         except torch._dynamo.exc.BackendCompilerFailed as error:  # at the first step; no public name tells it from other failures
             reason = " ".join(str(error).strip().split("\n\n")[0].split())
@@ -347,8 +348,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.settings, self.gather = model, train, gather
 
-    def forward(self, x, y, contexts, one_view):
-        """The terms of the loss for a `gae.batches.Batch`, its two sides in the same products.
+    def forward(self, x, y, contexts, one_view, weight):
+        """The terms of the loss for a `gae.batches.Batch`, its two sides in the same products, with a weight of the contrast.
 
         The original's objective rebuilds the transposed y[1] from the mapping of (x[0], y[0]) and the context x[1]: the mean
         squared error. That of invariance rebuilds each side by the other's mapping, or by its own where the other is another
@@ -378,7 +379,7 @@ class Objective(nn.Module):
         decay = model.filters_x.square().sum() + model.filters_y.square().sum() if settings.weight_decay else 0.0
         loss = (
             terms["reconstruction"]
-            + settings.contrast * terms.get("contrast", 0.0)
+            + weight * terms.get("contrast", 0.0)
             + settings.sparsity * terms.get("sparsity", 0.0)
             + settings.weight_decay * decay
         )
@@ -478,6 +479,14 @@ def schedule(step, train):
     if step < rise:
         return 0.04 + 0.96 * (1 - math.cos(math.pi * step / rise)) / 2
     return max(1e-4, (1 + math.cos(math.pi * (step - rise) / max(1.0, train.steps - rise))) / 2)
+
+
+def contrast_weight(step, train):
+    """The weight of the contrastive term: it falls geometrically, from `contrast` to the share `contrast_kept` of it.
+
+    What frames have in common is found while the contrast is strong; when it fades they are rebuilt better, and it stays.
+    """
+    return train.contrast * train.contrast_kept ** (step / train.steps)
 
 
 def recipe_of(train):

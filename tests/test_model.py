@@ -223,7 +223,7 @@ def test_the_originals_objective_follows_the_formula(network):
     rebuilt = np.stack([slow.reconstruction(*pair) for pair in zip(mappings, x2.numpy(), strict=True)])
     error = ((rebuilt - y2.numpy()) ** 2).mean()
     decay = sum((network.weights[name].astype(np.float64) ** 2).sum() for name in ("filters_x", "filters_y"))
-    terms = Objective(network, settings(objective="reconstruction", sparsity=1e-2, weight_decay=1e-3))(x, y, contexts, one_view)
+    terms = Objective(network, settings(objective="reconstruction", sparsity=1e-2, weight_decay=1e-3))(x, y, contexts, one_view, 0.0)
     assert set(terms) == {"loss", "reconstruction", "sparsity"}
     assert terms["reconstruction"].item() == pytest.approx(error, rel=1e-4)
     assert terms["sparsity"].item() == pytest.approx(lee(mappings), rel=1e-4)
@@ -245,7 +245,7 @@ def test_the_objective_of_invariance_follows_the_formula(network, contrast_frame
     # frame t of every excerpt is in group t modulo n_groups
     groups = [[m[:, group::n_groups].reshape(-1, SIZES.n_maps) for m in (m1, m2)] for group in range(n_groups)]
     contrasted = np.mean([info_nce(*group, 0.1) for group in groups])
-    terms = Objective(network, settings(contrast=0.3, contrast_frames=contrast_frames))(x, y, contexts, one_view)
+    terms = Objective(network, settings(contrast=0.3, contrast_frames=contrast_frames))(x, y, contexts, one_view, 0.3)
     assert terms["reconstruction"].item() == pytest.approx(error / power, rel=1e-4)
     assert terms["contrast"].item() == pytest.approx(contrasted, rel=1e-3)
     assert terms["loss"].item() == pytest.approx(error / power + 0.3 * contrasted, rel=1e-3)
@@ -257,14 +257,14 @@ def test_the_objective_with_a_stride_uses_every_nth_frame(network):
     (x1, x2), (y1, y2) = x, y
     mappings = np.stack([slow.mapping(x, y, stride) for x, y in zip(x1.numpy(), y1.numpy(), strict=True)])
     rebuilt = np.stack([slow.reconstruction(m, x, stride) for m, x in zip(mappings, x2.numpy(), strict=True)])
-    terms = Objective(network, settings(objective="reconstruction", stride=stride))(x, y, contexts, one_view)
+    terms = Objective(network, settings(objective="reconstruction", stride=stride))(x, y, contexts, one_view, 0.0)
     assert terms["loss"].item() == pytest.approx(((rebuilt - y2.numpy()) ** 2).mean(), rel=1e-4)
 
 
 def test_an_excerpt_of_silence_has_a_loss(network):
     silence = [torch.zeros_like(part) for part in two_sides()]
     for objective in ("invariance", "reconstruction"):
-        terms = Objective(network, settings(objective=objective, contrast=0.3))(*silence)
+        terms = Objective(network, settings(objective=objective, contrast=0.3))(*silence, 0.3)
         terms["loss"].backward()
         assert all(term.isfinite() for term in terms.values())
         assert all(weight.grad is None or weight.grad.isfinite().all() for weight in network.parameters())

@@ -21,7 +21,7 @@ from gae.errors import TrainingError
 from gae.files import read_json, write_json
 from gae.modelfile import load_model
 from gae.shards import Shards
-from gae.train import Run, Validation, mean_and_error, schedule, split, train
+from gae.train import Run, Validation, contrast_weight, mean_and_error, schedule, split, train
 
 ROOT = Path(__file__).parents[1]
 N_LINES, STEPS = 10, 85
@@ -450,6 +450,21 @@ def test_the_schedule_is_one_cycle():
     assert all(a > b for a, b in zip(rates[100:900], rates[101:901], strict=True))
     assert {schedule(step, params.Train(schedule="constant")) for step in (0, 50, 3999)} == {1.0}
     assert all(0 < schedule(0, params.Train(steps=steps)) <= 1 for steps in (1, 2, 10))
+
+
+def test_the_weight_of_the_contrast_falls_to_a_share():
+    settings = params.Train(steps=1000, contrast=0.2, contrast_kept=0.25)
+    assert [contrast_weight(step, settings) for step in (0, 500, 1000)] == pytest.approx([0.2, 0.1, 0.05])
+    assert contrast_weight(999, params.Train(steps=1000, contrast=0.2, contrast_kept=1)) == 0.2
+    assert contrast_weight(7, params.Train(contrast=0)) == 0
+
+
+@pytest.mark.parametrize(("kept", "loss"), [(1.0, 0.3), (0.01, 0.003)])
+def test_the_last_loss_has_the_last_weight(shards, tmp_path, quiet, monkeypatch, kept, loss):
+    monkeypatch.setattr(module, "PAUSE_STEPS", 1)
+    learn(recipe(contrast_kept=kept), shards, tmp_path)
+    last = read_json(tmp_path / "metrics.json")
+    assert last["loss"] - last["reconstruction"] == pytest.approx(loss * kept ** (-1 / STEPS) * last["contrast"], rel=1e-2)
 
 
 class FakeTrack:
