@@ -26,9 +26,11 @@ VARIATIONS = {
     "default-last": ["train.validation=0"],
     "original-objective": ["train.objective=reconstruction", "train.sparsity=1e-5", "train.shift=60", "train.dropout=0.5"],
     "contrast-0": ["train.contrast=0"],
-    "contrast-0.01": ["train.contrast=0.01"],
-    "contrast-0.05": ["train.contrast=0.05"],
+    "contrast-0.03": ["train.contrast=0.03"],
     "contrast-0.3": ["train.contrast=0.3"],
+    "contrast-kept-0.1": ["train.contrast_kept=0.1"],
+    "steady-contrast-0.02": ["train.contrast=0.02", "train.contrast_kept=1"],  # about the mean weight of the default
+    "steady-contrast-0.1": ["train.contrast_kept=1"],
     "temperature-0.05": ["train.temperature=0.05"],
     "no-compression": ["cqt.compression=none"],
     "gain-200": ["cqt.gain=200"],
