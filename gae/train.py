@@ -484,7 +484,7 @@ def schedule(step, train):
 def contrast_weight(step, train):
     """The weight of the contrastive term: it falls geometrically, from `contrast` to the share `contrast_kept` of it.
 
-    What frames have in common is found while the contrast is strong; when it fades they are rebuilt better, and it stays.
+    What frames have in common is found while the contrast is strong; when it fades they are rebuilt better, and most of that stays.
     """
     return train.contrast * train.contrast_kept ** (step / train.steps)
 
