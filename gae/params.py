@@ -130,14 +130,16 @@ class Train(Section):
     sparsity: float = Field(0.0, ge=0, description="strength of Lee's sparsity and selectivity term; the original's is 1e-5")
     weight_decay: float = Field(0.0, ge=0, description="strength of the squared L2 norm of the filters; the original's is 0")
     shift: int = Field(12, ge=0, le=1000, description="largest transposition of x and y, in bins; the original's is 60")
-    contrast: float = Field(0.02, ge=0, le=100, description="first weight of the contrastive term (InfoNCE) of the invariance objective")
-    contrast_kept: float = Field(1.0, gt=0, le=1, description="share of that weight to which it falls, geometrically; 1 keeps all of it")
+    contrast: float = Field(0.02, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
+    contrast_kept: float = Field(1.0, gt=0, le=1, description="share of train.contrast left at the last step, falling geometrically")
     temperature: float = Field(0.1, ge=0.02, le=10, description="temperature of the contrastive term")
     contrast_frames: int = Field(1024, ge=2, le=1_000_000, description="frames that are contrasted with each other, in groups of this size")
     view_share: float = Field(0.5, ge=0, le=1, description="share of the excerpts whose positives come from another view")
     stretch: float = Field(0.25, ge=0, le=0.5, description="largest change of tempo of a context whose positives come from another view")
-    validation: float = Field(0.1, ge=0, le=0.5, description="share of the list held out to select the best weights by invariance")
-    patience: int = Field(0, ge=0, description="validations without a better result after which training stops; 0 never stops early")
+    validation: float = Field(0.1, ge=0, le=0.5, description="share of the list held out to select the weights by their invariance")
+    patience: int = Field(
+        0, ge=0, description="validations without a better result that stop training; 0 if the contrast falls, or for all"
+    )
     averaging: float = Field(0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0 keeps the last")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="arithmetic of the matrix products; auto is bf16 where the processor multiplies it, fp32 elsewhere"
@@ -163,7 +165,7 @@ class Train(Section):
 class Convert(Section):
     """How features are computed."""
 
-    weights: str = Field("models/gae.safetensors", min_length=1, description="model file; models/pretrained.safetensors needs no training")
+    weights: str = Field("models/gae.safetensors", min_length=1, description="model file; models/pretrained*.safetensors need no training")
     dtype: Literal["float16", "float32"] = Field("float32", description="type in which features are stored")
 
 

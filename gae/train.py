@@ -140,7 +140,7 @@ class Run:
     history : list of dict
         A row for each pause: step and mean losses since the last, and the validation's score where there was one.
     model, average, best : GatedAutoencoder
-        The weights being trained, their moving average, and the newest average that validation can't tell from the best.
+        The weights being trained, their moving average, and the newest average whose score is within an error of the best.
     """
 
     def __init__(self, fabric, params, shards, checkpoints):
@@ -214,19 +214,26 @@ class Run:
         if not (math.isfinite(row["loss"]) and all(weight.isfinite().all() for weight in self.model.parameters())):
             return f"the loss became NaN or infinite between steps {self.good_step} and {self.step}"
         self.history.append({"step": self.step, **row})
-        diverging = row["loss"] > 3 * self.history[0]["loss"]
+        diverging = row["loss"] > 3 * self.first_loss
         if diverging and len(self.history) > 8:  # a rise at the very start may pass
-            return f"the loss diverges: {row['loss']:.3g} at step {self.step}, {self.history[0]['loss']:.3g} at the start"
+            return f"the loss diverges: {row['loss']:.3g} at step {self.step}, {self.first_loss:.3g} at the start"
         if not diverging:
             self.good.load_state_dict(self.average.state_dict())
             self.good_step = self.step
         return None
 
-    def validate(self):
-        """Score the averaged weights on the tracks kept for it, and keep the newest that are as good as the best.
+    @property
+    def first_loss(self):
+        """What the loss was at the start, had the contrast weighed what it does now."""
+        train, first = self.params.train, self.history[0]
+        return first["loss"] + (contrast_weight(self.step, train) - train.contrast) * first.get("contrast", 0.0)
 
-        Scores within a standard error of each other tell nothing apart, and later weights rebuild better: the one-standard-error
-        rule of L. Breiman et al., Classification and Regression Trees, 1984. Without such tracks the newest are the best.
+    def validate(self):
+        """Score the averaged weights on the tracks kept for it, and keep the newest that come within a standard error of the best.
+
+        Later weights rebuild better, and what they lose is less than that by which so few tracks may misjudge all music: the
+        one-standard-error rule of L. Breiman et al., Classification and Regression Trees, 1984, tracks for folds. Few tracks thus
+        keep the newest weights unless they break down; without any the newest are the best.
         """
         scored = self.validation.score(self.average)
         if scored:
@@ -349,12 +356,12 @@ class Objective(nn.Module):
         self.model, self.settings, self.gather = model, train, gather
 
     def forward(self, x, y, contexts, one_view, weight):
-        """The terms of the loss for a `gae.batches.Batch`, its two sides in the same products, with a weight of the contrast.
+        """The terms of the loss for a `gae.batches.Batch`, its two sides in the same products.
 
         The original's objective rebuilds the transposed y[1] from the mapping of (x[0], y[0]) and the context x[1]: the mean
         squared error. That of invariance rebuilds each side by the other's mapping, or by its own where the other is another
         view, which no mapping can foresee; the error is a share of the power of y. And it asks that the two mappings of a
-        frame be closer to each other than to those of other frames.
+        frame be closer to each other than to those of other frames, with a `weight` that may change from step to step.
 
         Returns
         -------
@@ -482,10 +489,7 @@ def schedule(step, train):
 
 
 def contrast_weight(step, train):
-    """The weight of the contrastive term: it falls geometrically, from `contrast` to the share `contrast_kept` of it.
-
-    What frames have in common is found while the contrast is strong; when it fades they are rebuilt better, and most of that stays.
-    """
+    """The weight of the contrastive term in a step: from `contrast` it falls geometrically to the share `contrast_kept`."""
     return train.contrast * train.contrast_kept ** (step / train.steps)
 
 

@@ -30,7 +30,8 @@ N_LINES, STEPS = 10, 85
 def recipe(**changes):
     """Parameters of a run of a second or less; `changes` are for train."""
     quick = {"steps": STEPS, "batch": 4, "block": 24, "stride": 2, "shift": 8, "contrast_frames": 24, "averaging": 0.9}
-    quick |= {"contrast": 0.3, "temperature": 0.1, "learning_rate": 1.5e-3, "muon_rate": 0.02, "view_share": 0.5, "validation": 0.1}
+    quick |= {"contrast": 0.3, "contrast_kept": 0.1, "temperature": 0.1, "learning_rate": 1.5e-3, "muon_rate": 0.02}
+    quick |= {"view_share": 0.5, "validation": 0.1}
     quick |= {"precision": "fp32", "accelerator": "cpu", "checkpoint_seconds": 0, "dropout": 0.2, "dtype": "float32"}
     sizes = {"n_factors": 16, "n_hidden": 8, "n_maps": 6, "context": 3, "dilation": 2}
     return params.validate({"model": sizes, "train": {**quick, **changes}, "plot": {"interval": 30}})
