@@ -1,6 +1,6 @@
 """The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
 
-    python benchmarks/published.py [--weights FILE ...] [--soundfont FILE.sf2] [--corpus data/corpus]
+    python benchmarks/published.py [--weights FILE_OR_NAME ...] [--soundfont FILE.sf2] [--corpus data/corpus]
 
 piano       the JKU Patterns Development Database (../shared/data/jkupdd) played with a SoundFont of your choice (Debian's
             fluid-soundfont-gm has one), human-like in time and loudness, as written and transposed by -6 to 6 semitones;
@@ -12,7 +12,7 @@ wesnoth, hyperrogue, warzone2100, singularity
 corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not
 
 Sets whose material or tools are missing are left out. The published weights are ../shared/data/cgae_pretrained.npz. Beside the
-weights stands the constant-Q transform of the shipped model, moved back by the known interval.
+weights stands the constant-Q transform of the first of them, moved back by the known interval.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from gae.cqt import frames, transpose
 from gae.evaluate import TOLERANCES, heldout_file, heldout_pieces
 from gae.features import extract_frames
 from gae.measures import align, beats_within, invariance_top1, pool, stack
+from gae.modelfile import SHIPPED
 from gae.weights import from_arrays
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -187,11 +188,11 @@ def alignment(tasks, model, take):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", nargs="+", help="model files (default: the shipped weights)")
+    parser.add_argument("--weights", nargs="+", default=SHIPPED, help="model files, or names of shipped weights (default: all of these)")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     parser.add_argument("--corpus", default="data/corpus")
     given = parser.parse_args()
-    models = {file: gae.load_model(file) for file in given.weights or []} or {"shipped": gae.load_model()}
+    models = {file: gae.load_model(file) for file in given.weights}
     ours = next(iter(models.values()))
     if (SHARED / "cgae_pretrained.npz").exists():
         models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))

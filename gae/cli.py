@@ -9,6 +9,7 @@ from gae.commandline import one_line_errors
 from gae.convert import convert_file, feature_names
 from gae.errors import FormatError, GaeError
 from gae.features import SUFFIXES, check_suffix
+from gae.modelfile import SHIPPED
 from gae.weights import import_weights
 
 
@@ -60,7 +61,9 @@ def _parser():
     convert = commands.add_parser("convert", help="audio files to features", description="Convert audio files to features.")
     convert.add_argument("audio", nargs="+", metavar="AUDIO", help="path or URL: wav, flac, ogg, mp3, ...; any sample rate and channels")
     convert.add_argument("--out", required=True, metavar="PATH", help="feature file: .h5, .npz, or .csv for Sonic Visualiser; or a folder")
-    convert.add_argument("--weights", metavar="FILE", help="model file, .safetensors (default: the shipped weights)")
+    convert.add_argument(
+        "--weights", metavar="FILE", default=SHIPPED[0], help=f"model file, .safetensors, or {SHIPPED[1]} (default: %(default)s)"
+    )
     convert.add_argument("--format", default=".h5", choices=SUFFIXES, help="of the files in a folder (default: %(default)s)")
     convert.set_defaults(run=_convert)
 

@@ -16,7 +16,7 @@ from gae.errors import FormatError
 from gae.files import content_hash
 
 SCHEMA = 1
-SHIPPED = "pretrained.safetensors"
+SHIPPED = ("pretrained", "pretrained-wide")  # names of weights that are shipped; models/pretrained.md
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,8 @@ def load_model(path: str | Path | None = None) -> Model:
     Parameters
     ----------
     path : str or Path, optional
-        A .safetensors file that `gae` wrote; by default the weights that are shipped.
+        A .safetensors file that `gae` wrote, or the name of weights that are shipped: "pretrained", the default, or
+        "pretrained-wide", whose context reaches further back.
 
     Returns
     -------
@@ -74,7 +75,8 @@ def load_model(path: str | Path | None = None) -> Model:
     FormatError
         If it is missing, damaged, no model of ours, or of another version.
     """
-    path = _shipped() if path is None else Path(path)
+    name = SHIPPED[0] if path is None else str(path)
+    path = _shipped(name) if name in SHIPPED else Path(name)
     facts, weights = _read(path)
     try:
         model = Model(
@@ -101,14 +103,14 @@ def problem_of(model):
     return None
 
 
-def _shipped():
-    """Where the shipped weights lie: inside an installed package, or beside it in a checkout."""
+def _shipped(name):
+    """Where shipped weights lie: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
-    places = [package / "models" / SHIPPED, package.parent / "models" / SHIPPED]
+    places = [folder / "models" / f"{name}.safetensors" for folder in (package, package.parent)]
     for place in places:
         if place.is_file():
             return place
-    raise FormatError(f"{places[-1]}: no weights are shipped with this copy; name a model file, such as models/gae.safetensors")
+    raise FormatError(f"{places[-1]}: not shipped with this copy; name a model file, such as models/gae.safetensors")
 
 
 def _read(path):
@@ -118,7 +120,7 @@ def _read(path):
             facts = json.loads((file.metadata() or {}).get("gae", "{}"))
         weights = load_file(path)
     except FileNotFoundError:
-        raise FormatError(f"{path}: no such model; run `dvc repro train`, `dvc pull`, or name another") from None
+        raise FormatError(f"{path}: no such model; run `dvc repro train` or `dvc pull`, or name {' or '.join(SHIPPED)}") from None
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise FormatError(f"{path}: not a model file ({' '.join(str(error).split())}); run `dvc repro train` or `dvc pull`") from None
     schema = facts.get("schema") if isinstance(facts, dict) else None

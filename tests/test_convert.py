@@ -8,13 +8,14 @@ import soundfile
 import tiny
 
 import gae
-from gae import audio, convert, shards
+from gae import audio, convert, modelfile, shards
 from gae.convert import convert_file, convert_list, convert_track, extract, feature_names
 from gae.cqt import frames
 from gae.errors import AudioError, FormatError, ParamsError
 from gae.features import extract_frames, read
 from gae.files import content_hash
 from gae.model import save_model
+from gae.modelfile import SHIPPED
 from gae.params import Params
 
 
@@ -340,13 +341,18 @@ def test_audio_that_is_none(tmp_path, weights):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.wav"]
 
 
-def test_shipped_weights_are_found_or_missed_in_one_line():
-    shipped = Path(gae.__file__).parents[1] / "models" / "pretrained.safetensors"
-    if shipped.exists():
-        assert gae.load_model().sha256 == content_hash(shipped)
-    else:
-        with pytest.raises(FormatError, match="no weights are shipped"):
-            gae.load_model()
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_are_found_by_name(name):
+    shipped = Path(gae.__file__).parents[1] / "models" / f"{name}.safetensors"
+    assert gae.load_model(name).sha256 == gae.load_model(Path(name)).sha256 == gae.load_model(shipped).sha256 == content_hash(shipped)
+    assert shipped.stat().st_size < 2_000_000
+    assert (gae.load_model().sha256 == content_hash(shipped)) == (name == "pretrained")
+
+
+def test_shipped_weights_are_missed_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(modelfile, "__file__", str(tmp_path / "gae" / "modelfile.py"))
+    with pytest.raises(FormatError, match=r"models/pretrained\.safetensors: not shipped with this copy; name"):
+        gae.load_model()
 
 
 def test_model_says_what_it_needs(weights):
