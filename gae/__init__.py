@@ -1,7 +1,7 @@
 """Transposition-invariant interval features from audio, learned by a gated autoencoder.
 
 >>> import gae
->>> model = gae.load_model()                                  # the shipped weights, or a path
+>>> model = gae.load_model()                                  # shipped weights, or a path
 >>> features = gae.extract(samples, sample_rate, model)       # samples (n,) or (n, channels)
 >>> features.values.shape, features.times[:2]
 ((1477, 64), array([0.        , 0.02031746]))

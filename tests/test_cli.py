@@ -9,6 +9,7 @@ import tiny
 import gae
 from gae.cli import main
 from gae.model import save_model
+from gae.modelfile import SHIPPED
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,13 @@ def test_features_are_those_of_the_file(folder, weights, capsys):
     expected = gae.extract(*soundfile.read("song.wav", dtype="float32"), weights)
     features = gae.read_features("song.h5")
     assert np.array_equal(features.values, expected.values) and features.origin.source == "song.wav"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_are_named(folder, capsys, name):
+    options = [] if name == "pretrained" else ["--weights", name]
+    assert run(capsys, "convert", "song.wav", "--out", "song.h5", *options)[0] == 0
+    assert gae.read_features("song.h5").origin.model_sha256 == gae.load_model(name).sha256
 
 
 def test_several_files_go_to_a_folder_and_bad_ones_are_named(folder, weights, capsys):
