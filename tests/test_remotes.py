@@ -18,6 +18,8 @@ import pytest
 import yaml
 from project import Project
 
+from gae.modelfile import SHIPPED
+
 NAMED = {"weights": ["models/gae.safetensors"], "features": ["features"], "everything": []}
 SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
 
@@ -111,11 +113,12 @@ def test_each_version_of_a_model_is_found_by_its_tag(recorded, other, tmp_path):
     assert "Unable to find artifact" in other.run("dvc", "artifacts", "get", _address(project), "gae", "--rev", "v3.0.0", fails=True)
 
 
-def test_the_registry_holds_the_shipped_weights_too(recorded, other, tmp_path):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_registry_holds_the_shipped_weights_too(recorded, other, tmp_path, name):
     project = recorded.copy(tmp_path / "gae")
-    project.run("gto", "register", "pretrained", "--version", "v1.0.0")
-    assert "Downloaded 1 file(s)" in other.run("dvc", "artifacts", "get", _address(project), "pretrained")
-    assert (other / "pretrained.safetensors").read_bytes() == (project / "models/pretrained.safetensors").read_bytes()
+    project.run("gto", "register", name, "--version", "v1.0.0")
+    assert "Downloaded 1 file(s)" in other.run("dvc", "artifacts", "get", _address(project), name)
+    assert (other / f"{name}.safetensors").read_bytes() == (project / f"models/{name}.safetensors").read_bytes()
 
 
 def test_all_that_the_registry_lists_is_there(recorded):
