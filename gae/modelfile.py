@@ -16,7 +16,7 @@ from gae.errors import FormatError
 from gae.files import content_hash
 
 SCHEMA = 1
-SHIPPED = ("pretrained", "pretrained-search")  # names of weights that are shipped; models/pretrained.md
+SHIPPED = ("pretrained", "pretrained-invertible")  # names of weights that are shipped; models/pretrained.md
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def load_model(path: str | Path | None = None) -> Model:
     ----------
     path : str or Path, optional
         A .safetensors file that `gae` wrote, or the name of weights that are shipped: "pretrained", the default, or
-        "pretrained-search", which find more frames and rebuild them less well.
+        "pretrained-invertible", which rebuild frames better and find fewer.
 
     Returns
     -------
