@@ -137,9 +137,7 @@ class Train(Section):
     view_share: float = Field(0.5, ge=0, le=1, description="share of the excerpts whose positives come from another view")
     stretch: float = Field(0.25, ge=0, le=0.5, description="largest change of tempo of a context whose positives come from another view")
     validation: float = Field(0.1, ge=0, le=0.5, description="share of the list held out to select the weights by their invariance")
-    patience: int = Field(
-        0, ge=0, description="validations without a better result that stop training; 0 if the contrast falls, or for all"
-    )
+    patience: int = Field(0, ge=0, description="validations without a better result that end training; 0 does all steps")
     averaging: float = Field(0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0 keeps the last")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="arithmetic of the matrix products; auto is bf16 where the processor multiplies it, fp32 elsewhere"
