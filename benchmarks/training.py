@@ -79,8 +79,8 @@ def ours(values, frames):
     objective = Objective(model, settings)
     module, *optimisers = fabric.setup(torch.compile(objective) if settings.compile else objective, *optimisers)
     sides = torch.stack([frames, frames])
-    one_view, weight = torch.arange(settings.batch) % 2 == 0, torch.tensor(settings.contrast)
-    batch = sides, sides[:, :, reach :: settings.stride], contexts(values), one_view, weight
+    one_view = torch.arange(settings.batch) % 2 == 0
+    batch = sides, sides[:, :, reach :: settings.stride], contexts(values), one_view, settings.contrast
 
     def step():
         began = time.perf_counter()

@@ -4,6 +4,7 @@ Invariance: is the frame at the same time in a transposed rendering the nearest 
 find the beats of another performance? And how far such a figure can be trusted.
 """
 
+import math
 from dataclasses import dataclass
 
 import numba
@@ -146,6 +147,26 @@ def bootstrap(values, n, seed):
     n_tracks = len(values)
     drawn = np.random.default_rng(seed).multinomial(n_tracks, np.full(n_tracks, 1 / n_tracks), size=n)
     return np.tensordot(drawn / n_tracks, values, axes=1).std(axis=0)
+
+
+def mean_and_error(found):
+    """The share of frames found, and its standard error over the tracks.
+
+    Frames of one piece fail together. So the error is that of as many means as there are tracks, but never less than that of
+    frames that know nothing of each other, sqrt(p (1 - p) / n): few tracks may agree by chance, and one says nothing of others.
+
+    Parameters
+    ----------
+    found : ndarray of bool, shape (n_tracks, n_frames)
+
+    Returns
+    -------
+    tuple of float
+        (share, error)
+    """
+    share, means = float(found.mean()), found.mean(1)
+    over_tracks = float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    return share, max(over_tracks, math.sqrt(share * (1 - share) / found.size))
 
 
 def _found(versions, candidates, start):

@@ -29,7 +29,7 @@ from gae.cqt import transpose
 from gae.errors import TrainingError
 from gae.files import digest, read_json, replacing, write_json
 from gae.locks import alone
-from gae.measures import invariance_top1
+from gae.measures import invariance_top1, mean_and_error
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.muon import Muon
 from gae.shards import Shards
@@ -188,9 +188,9 @@ class Run:
         train = self.params.train
         for group in [group for optimiser in self.optimisers for group in optimiser.param_groups]:
             group["lr"] = group["initial_lr"] * schedule(self.step, train)
-        inputs = [*map(torch.from_numpy, batch), torch.tensor(contrast_weight(self.step, train))]
+        tensors = [torch.from_numpy(array).to(self.fabric.device) for array in batch]
         try:
-            terms = self.objective(*(tensor.to(self.fabric.device) for tensor in inputs))
+            terms = self.objective(*tensors, contrast_weight(self.step, train))
             self.fabric.backward(terms["loss"])
         except torch._dynamo.exc.BackendCompilerFailed as error:  # at the first step; no public name tells it from other failures
             reason = " ".join(str(error).strip().split("\n\n")[0].split())
@@ -361,7 +361,7 @@ class Objective(nn.Module):
         The original's objective rebuilds the transposed y[1] from the mapping of (x[0], y[0]) and the context x[1]: the mean
         squared error. That of invariance rebuilds each side by the other's mapping, or by its own where the other is another
         view, which no mapping can foresee; the error is a share of the power of y. And it asks that the two mappings of a
-        frame be closer to each other than to those of other frames, with a `weight` that may change from step to step.
+        frame be closer to each other than to those of other frames, with a `weight`, a number that may change from step to step.
 
         Returns
         -------
@@ -437,17 +437,6 @@ class Validation:
         with torch.inference_mode():
             mappings = [model.mapping(w[:, :-1].to(device), w[:, -1:].to(device))[:, 0].cpu().numpy() for w in self.windows]
         return mean_and_error(invariance_top1(*mappings).reshape(self.n_lines, -1))
-
-
-def mean_and_error(found):
-    """The share of frames found (n_tracks, n_frames), and its standard error over the tracks.
-
-    Frames of one piece fail together. So the error is that of as many means as there are tracks, but never less than that of
-    frames that know nothing of each other, sqrt(p (1 - p) / n): few tracks may agree by chance, and one says nothing of others.
-    """
-    share, means = float(found.mean()), found.mean(1)
-    over_tracks = float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-    return share, max(over_tracks, math.sqrt(share * (1 - share) / found.size))
 
 
 def split(lines, share):

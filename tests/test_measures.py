@@ -1,9 +1,11 @@
+import math
+
 import librosa
 import numpy as np
 import pytest
 
 from gae import measures
-from gae.measures import Alignment, align, beats_within, bootstrap, invariance_top1, pool, stack, unit
+from gae.measures import Alignment, align, beats_within, bootstrap, invariance_top1, mean_and_error, pool, stack, unit
 
 
 def random(*shape, seed=0):
@@ -105,3 +107,12 @@ def test_bootstrap_is_the_error_of_the_mean():
     assert error.tolist() == bootstrap(values, 4000, seed=3).tolist()
     assert bootstrap(values[:, 1], 4000, seed=3) == pytest.approx(error[1])
     assert bootstrap([0.5, 0.5, 0.5], 100, seed=1) == 0
+
+
+def test_the_error_of_a_share_is_that_over_the_tracks():
+    found = np.repeat([[True], [True], [False], [False]], 100, axis=1)  # pieces that are found whole or not at all
+    assert mean_and_error(found) == (0.5, pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2))
+    independent = np.tile([True, False], (4, 50))  # tracks that agree by chance
+    assert mean_and_error(independent) == (0.5, pytest.approx(0.5 / math.sqrt(400)))
+    assert mean_and_error(found[:1] & independent[:1]) == (0.5, pytest.approx(0.05))
+    assert mean_and_error(found[:2]) == (1.0, 0.0) and mean_and_error(found[2:]) == (0.0, 0.0)

@@ -21,7 +21,7 @@ from gae.errors import TrainingError
 from gae.files import read_json, write_json
 from gae.modelfile import load_model
 from gae.shards import Shards
-from gae.train import Run, Validation, contrast_weight, mean_and_error, schedule, split, train
+from gae.train import Run, Validation, contrast_weight, schedule, split, train
 
 ROOT = Path(__file__).parents[1]
 N_LINES, STEPS = 10, 85
@@ -607,15 +607,6 @@ def test_validation_knows_invariant_features_from_others(tmp_path):
         assert validation.score(Fake(intervals))[0] > 0.8 and validation.score(Fake(lambda x, y: y))[0] < 0.1
         assert validation.score(Fake(intervals)) == Validation(read, read.lines, 3, seed=1).score(Fake(intervals))
         assert Validation(read, [], 3, seed=1).score(Fake(intervals)) is None
-
-
-def test_the_error_of_a_score_is_that_over_the_tracks():
-    found = np.repeat([[True], [True], [False], [False]], 100, axis=1)  # pieces that are found whole or not at all
-    assert mean_and_error(found) == (0.5, pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2))
-    independent = np.tile([True, False], (4, 50))  # tracks that agree by chance
-    assert mean_and_error(independent) == (0.5, pytest.approx(0.5 / math.sqrt(400)))
-    assert mean_and_error(found[:1] & independent[:1]) == (0.5, pytest.approx(0.05))
-    assert mean_and_error(found[:2]) == (1.0, 0.0) and mean_and_error(found[2:]) == (0.0, 0.0)
 
 
 def test_training_learns(tmp_path, quiet, monkeypatch):
