@@ -31,6 +31,7 @@ VARIATIONS = {
     "contrast-0.3": ["train.contrast=0.3"],
     "contrast-0.1-to-0.003": ["train.contrast=0.1", "train.contrast_kept=0.03"],
     "contrast-0.1-to-0.01": ["train.contrast=0.1", "train.contrast_kept=0.1"],
+    "contrast-0.3-to-0.009": ["train.contrast=0.3", "train.contrast_kept=0.03"],
     "temperature-0.05": ["train.temperature=0.05"],
     "no-compression": ["cqt.compression=none"],
     "gain-200": ["cqt.gain=200"],
