@@ -9,10 +9,10 @@
 """
 
 from gae.convert import extract
-from gae.errors import GaeError
+from gae.errors import AudioError, FormatError, GaeError, StorageError
 from gae.features import Features
 from gae.features import read as read_features
 from gae.modelfile import Model, load_model
 
-__all__ = ["Features", "GaeError", "Model", "extract", "load_model", "read_features"]
+__all__ = ["AudioError", "Features", "FormatError", "GaeError", "Model", "StorageError", "extract", "load_model", "read_features"]
 __version__ = "0.1.0"

@@ -13,10 +13,13 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 
 from tqdm import tqdm
 
 from gae.errors import GaeError
+from gae.files import code_digest
 from gae.storage import is_url
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -46,14 +49,16 @@ def map_tracks(function, items, compute, label, arguments=()):
     Raises
     ------
     GaeError
-        If a worker process was killed, no Dask scheduler answers, or a worker does not see this machine's files.
+        If a worker process was killed, no Dask scheduler answers, or a worker does not see this machine's files or has
+        other code.
     """
     if not items:
         return []
     reports = [None] * len(items)
     folder = None if is_url(compute.staging) else os.getcwd()
+    code = None if _here(compute) else _code()
     with executor(compute) as pool:
-        futures = {pool.submit(_at, folder, function, item, *arguments): n for n, item in enumerate(items)}
+        futures = {pool.submit(_at, folder, code, function, item, *arguments): n for n, item in enumerate(items)}
         for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
             reports[futures.pop(future)] = future.result()
     return reports
@@ -81,7 +86,7 @@ def by_place(files, compute, path=str):
 
 def beside_files(compute):
     """Where work on this machine's files runs: in processes of its own, if what a cluster's workers compute waits at a URL."""
-    if not is_url(compute.staging) or (compute.scheduler, compute.cluster) == ("local", "none"):
+    if not is_url(compute.staging) or _here(compute):
         return compute
     return compute.model_copy(update={"scheduler": "local", "cluster": "none", "workers": 0})
 
@@ -99,8 +104,8 @@ def executor(compute):
     GaeError
         As `map_tracks`.
     """
-    workers = compute.workers or len(os.sched_getaffinity(0))
-    if compute.scheduler != "local" or compute.cluster != "none":
+    workers = compute.workers or n_cores()
+    if not _here(compute):
         with _dask_client(compute, workers) as client:
             yield client.get_executor(pure=False, retries=_RETRIES)
         return
@@ -113,6 +118,11 @@ def executor(compute):
             raise GaeError("a worker process was killed (out of memory?); run again, it goes on where it was") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def n_cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def keep_memory():
@@ -134,8 +144,10 @@ def give_back_memory():
 @contextmanager
 def _dask_client(compute, workers):
     """A client of the scheduler that is named, or of a cluster that lives as long as the client."""
-    import distributed
-
+    try:
+        import distributed
+    except ImportError:
+        raise GaeError("compute.scheduler, compute.cluster: Dask is not installed; `pip install distributed`") from None
     if compute.scheduler != "local":
         try:
             client = distributed.Client(compute.scheduler, timeout=_PATIENCE)
@@ -147,8 +159,10 @@ def _dask_client(compute, workers):
             yield client
         return
     if compute.cluster == "slurm":
-        from dask_jobqueue import SLURMCluster
-
+        try:
+            from dask_jobqueue import SLURMCluster
+        except ImportError:
+            raise GaeError("compute.cluster: dask-jobqueue is not installed; `pip install dask-jobqueue`") from None
         cluster = SLURMCluster()  # cores, memory, queue: from Dask's own configuration, see docs/scale.md
         cluster.scale(jobs=workers)
     else:
@@ -173,8 +187,10 @@ def _end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _at(folder, function, item, *arguments):
-    """Run a unit of work where relative paths mean what they mean to the caller, or anywhere if there are none."""
+def _at(folder, code, function, item, *arguments):
+    """Run a unit of work by the caller's code, where relative paths mean what they mean to the caller, or anywhere if there are none."""
+    if code not in (None, _code()):
+        raise GaeError(f"the worker on {socket.gethostname()} has another gae, NumPy or librosa than this machine; install the same there")
     if folder is not None:
         try:
             os.chdir(folder)
@@ -184,6 +200,16 @@ def _at(folder, function, item, *arguments):
                 "share it, or name a URL in compute.staging (docs/scale.md)"
             ) from None
     return function(item, *arguments)
+
+
+def _here(compute):
+    return (compute.scheduler, compute.cluster) == ("local", "none")
+
+
+@cache
+def _code():
+    """Digest of what a result may depend on: on both sides it must be the same."""
+    return code_digest(sorted(file.stem for file in Path(__file__).parent.glob("*.py")), ("librosa", "numpy"))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from gae.compute import beside_files, map_tracks
 from gae.cqt import analyse, frame_times
 from gae.errors import AudioError, FormatError, ParamsError
 from gae.features import Features, Origin, check_suffix, extract_blocks, validate, write
-from gae.files import content_hash, read_json, sweep, write_json
+from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
 from gae.index import read_index
 from gae.modelfile import Model, load_model
 from gae.shards import Shards, read_blocks
@@ -142,11 +142,12 @@ def convert_list(shards, index_file, weights, out, params):
         _same_cqt(model.cqt, folder.cqt, weights, shards)
         listed = {file["path"]: file for line in index["convert"] for file in line}
         frames = {path: folder.tracks[file["key"]] for path, file in listed.items() if file["key"] in folder.tracks}
-    names = feature_names(frames)
+    names, code = feature_names(frames), code_digest(["features"], ["numpy"])
     jobs = [
         {
             "source": path, "sha256": listed[path]["sha256"], "file": f"{names[path]}.h5",
             "key": track.key, "shard": str(track.file), "n_frames": track.n_frames,
+            "made_by": digest([code, track.code, track.dtype]),
         }
         for path, track in frames.items()
     ]  # fmt: skip
@@ -166,7 +167,8 @@ def convert_track(job, weights, model_sha256, out, dtype):
     Parameters
     ----------
     job : dict
-        source and sha256 of the audio; shard, key and n_frames of its frames; file to write in `out`.
+        source and sha256 of the audio; shard, key and n_frames of its frames; file to write in `out`; made_by, as in
+        `gae.features.Origin`.
     weights : str
         Model file.
     model_sha256 : str
@@ -176,7 +178,7 @@ def convert_track(job, weights, model_sha256, out, dtype):
     dtype : {"float32", "float16"}
     """
     model, file = _remembered(weights, model_sha256), Path(out) / job["file"]
-    origin = Origin(model.cqt, job["source"], job["sha256"], model_sha256)
+    origin = Origin(model.cqt, job["source"], job["sha256"], model_sha256, job["made_by"])
     if not _holds(file, job["n_frames"], origin, dtype):
         n_frames, blocks = read_blocks(job["shard"], job["key"])
         write(file, extract_blocks(blocks, model), (n_frames, model.sizes.n_maps), origin, dtype)
@@ -223,7 +225,8 @@ def _mono(samples, sample_rate):
     except ValueError:  # ragged
         samples = np.empty(0, object)
     if samples.dtype.kind not in "iuf":
-        raise AudioError(f"samples: of type {samples.dtype}; give an array of real numbers")
+        hint = "; gae.convert.convert_file takes files" if samples.dtype.kind == "U" else ""
+        raise AudioError(f"samples: of type {samples.dtype}; give an array of real numbers{hint}")
     if samples.ndim not in (1, 2) or samples.size == 0:
         raise AudioError(f"samples: of shape {samples.shape}; give (n,) or (n, channels), not empty")
     if samples.ndim == 2 and samples.shape[1] > min(64, len(samples)):

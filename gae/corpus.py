@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import io
 import itertools
-import os
 import re
 import shutil
 import warnings
@@ -27,9 +26,9 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from gae.compute import beside_files, executor
+from gae.compute import beside_files, executor, n_cores
 from gae.errors import ParamsError
-from gae.files import content_hash, digest, read_json, write_json
+from gae.files import code_digest, content_hash, digest, read_json, write_json
 
 SAMPLE_RATE = 22_050  # Hz
 HELDOUT_SHIFT = 6  # semitones: a held-out piece is transposed by at most this
@@ -588,9 +587,8 @@ def _kept(folder, spec):
 
 def _spec(piece, split, lead, params):
     """Digest of all that decides how a piece sounds: this code and its packages among it."""
-    versions = {name: importlib.metadata.version(name) for name in _PLAYERS}
     asked = [params.views, params.view_transposition] if split == "train" else []
-    return digest([asdict(piece), split, lead, params.seed, asked, versions, content_hash(__file__)])
+    return digest([asdict(piece), split, lead, params.seed, asked, code_digest(["corpus"], _PLAYERS)])
 
 
 def _render(piece, split, lead, params):
@@ -702,7 +700,7 @@ def render_corpus(out, params, compute):
     out, pieces, heldout, train = Path(out), catalogue(), [], []
     compute = beside_files(compute)
     with executor(compute) as pool:
-        ahead = 2 * (compute.workers or os.cpu_count())
+        ahead = 2 * (compute.workers or n_cores())
         reports = _in_order(pool, _jobs("heldout", _heldout_candidates(pieces, params.seed), out, params), ahead)
         left_out = _gather(reports, heldout, heldout, params.heldout, lambda report: 1, "held-out pieces")
 

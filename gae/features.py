@@ -2,13 +2,15 @@
 
     <name>.h5    values  float32 or float16 (n_frames, n_maps): the mapping of frame t against `context` frames before it
                  times   float64 (n_frames,): centre of each frame, in s
-                 attributes: schema, source (path of the audio), source_sha256, model_sha256, cqt (JSON)
+                 attributes: schema, source (path of the audio), source_sha256, model_sha256, cqt (JSON),
+                 made_by (digest of what else decides the values)
 
 Both datasets are stored in one piece and not compressed, so what a file claims can't exceed what it holds.
 """
 
 import json
 import os
+import threading
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,12 +46,16 @@ class Origin:
         Path of the audio; empty where it was no file.
     source_sha256, model_sha256 : str
         Hash of the audio file and of the model file, 64 hexadecimal digits each; empty where there was none.
+    made_by : str
+        Digest of what else decides the values: code, versions of packages, how the frames were stored. Empty where the
+        features are not kept from one run to the next.
     """
 
     cqt: Cqt
     source: str = ""
     source_sha256: str = ""
     model_sha256: str = ""
+    made_by: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +78,15 @@ class Features:
     def __len__(self):
         return len(self.values)
 
+    def __repr__(self):
+        source = f" of {self.origin.source!r}" if self.origin.source else ""
+        span = f", {self.times[0]:.2f} to {self.times[-1]:.2f} s" if len(self) else ""
+        return f"<Features{source}: {self.values.shape[0]} frames, {self.values.shape[1]} maps{span}>"
+
     def save(self, path):
-        """Write a .h5, .npz or .csv file; see `gae.features.write`."""
-        write(path, [self.values], self.values.shape, self.origin, self.values.dtype.name)
+        """Write a .h5, .npz or .csv file, values as float16 where they are, as float32 otherwise; see `gae.features.write`."""
+        dtype = "float16" if self.values.dtype == np.float16 else "float32"
+        write(path, [self.values], self.values.shape, self.origin, dtype, self.times)
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def extract_blocks(blocks, model):
     reach, joined = model.sizes.reach, None
     for frames in _regrid(blocks, _BLOCK):
         joined = with_past(frames, reach) if joined is None else np.concatenate([joined[-reach:], frames], dtype=np.float32)
-        with _matrix_libraries().limit(limits=1):
+        with _one_thread:
             values = mapping(joined)
         yield values
 
@@ -134,7 +146,7 @@ def with_past(frames, reach):
     return np.concatenate([np.repeat(frames[:1], reach, axis=0), frames], dtype=np.float32)
 
 
-def write(path, blocks, shape, origin, dtype="float32"):
+def write(path, blocks, shape, origin, dtype="float32", times=None):
     """Write a feature file block by block, whole or not at all.
 
     Parameters
@@ -149,11 +161,13 @@ def write(path, blocks, shape, origin, dtype="float32"):
     origin : Origin
     dtype : {"float32", "float16"}
         How values are stored in .h5 and .npz.
+    times : array_like, shape (n_frames,), optional
+        Centre of each frame in s; by default those of a whole recording, the first at 0.
 
     Raises
     ------
     FormatError
-        If the suffix is none of these, or a value is NaN or infinite.
+        If the suffix or the type is none of these, or a value is NaN or infinite.
 
     Notes
     -----
@@ -164,9 +178,12 @@ def write(path, blocks, shape, origin, dtype="float32"):
     """
     path = Path(path)
     check_suffix(path)
+    if dtype not in ("float32", "float16"):
+        raise FormatError(f"{path}: features are stored as float32 or float16, not as {dtype}")
+    times = frame_times(shape[0], origin.cqt) if times is None else np.asarray(times, np.float64)
     writers = {".h5": _write_h5, ".npz": _write_npz, ".csv": _write_csv}
     with replacing(path) as partial:
-        writers[path.suffix.lower()](partial, _checked(blocks, shape, path), shape, origin, np.dtype(dtype))
+        writers[path.suffix.lower()](partial, _checked(blocks, shape, path), shape, times, origin, np.dtype(dtype))
 
 
 def check_suffix(path):
@@ -263,6 +280,28 @@ def _correlation(filters):
     return correlation
 
 
+class _OneThread:
+    """Matrix products by one thread while anyone is inside: the limit is the whole process's, and its threads share it."""
+
+    def __init__(self):
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self):
+        with self._lock:
+            if not self._inside:
+                self._limit = _matrix_libraries().limit(limits=1)
+            self._inside += 1
+
+    def __exit__(self, *_):
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._limit.restore_original_limits()
+
+
+_one_thread = _OneThread()
+
+
 @lru_cache(maxsize=1)
 def _matrix_libraries():
     return ThreadpoolController().select(user_api="blas")
@@ -293,25 +332,25 @@ def _checked(blocks, shape, path):
         raise ValueError(f"{total} frames were given, {shape[0]} announced")
 
 
-def _write_h5(path, blocks, shape, origin, dtype):
+def _write_h5(path, blocks, shape, times, origin, dtype):
     with hdf5.create(path) as file:
         file.attrs.update(_attributes(origin))
         values = file.create_dataset("values", shape, dtype)
-        file["times"] = frame_times(shape[0], origin.cqt)
+        file["times"] = times
         start = 0
         for block in blocks:
             values[start : start + len(block)] = block
             start += len(block)
 
 
-def _write_npz(path, blocks, shape, origin, dtype):
+def _write_npz(path, blocks, shape, times, origin, dtype):
     with zipfile.ZipFile(path, "w") as file:
         with _entry(file, "values") as entry:
             description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(entry, description)
             for block in blocks:
                 entry.write(np.ascontiguousarray(block, dtype))
-        for name, value in {"times": frame_times(shape[0], origin.cqt), **_attributes(origin)}.items():
+        for name, value in {"times": times, **_attributes(origin)}.items():
             with _entry(file, name) as entry:
                 np.lib.format.write_array(entry, np.asarray(value), allow_pickle=False)
 
@@ -321,9 +360,9 @@ def _entry(file, name):
     return file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-def _write_csv(path, blocks, shape, origin, dtype):
+def _write_csv(path, blocks, shape, times, origin, dtype):
     line = ",".join(["%.6f"] * (1 + shape[1])) + "\n"
-    times, start = frame_times(shape[0], origin.cqt), 0
+    start = 0
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"# time in s, then {shape[1]} features; source: {json.dumps(_text(origin.source), ensure_ascii=False)}\n")
         for block in blocks:
@@ -338,6 +377,7 @@ def _attributes(origin):
         "source": _text(origin.source),
         "source_sha256": origin.source_sha256,
         "model_sha256": origin.model_sha256,
+        "made_by": origin.made_by,
         "cqt": json.dumps(origin.cqt.model_dump(), sort_keys=True),
     }
 
@@ -369,7 +409,7 @@ def _header(file, path):
     if schema != SCHEMA:
         raise FormatError(f"{path}: no feature file of version {SCHEMA} (schema {schema}); {_REMEDY}")
     values, times = _plain(file, "values", path), _plain(file, "times", path)
-    texts = [file.attrs[name] for name in ("source", "source_sha256", "model_sha256")]
+    texts = [file.attrs[name] for name in ("source", "source_sha256", "model_sha256")] + [file.attrs.get("made_by", "")]
     fits = values.ndim == 2 and values.dtype in ("float16", "float32") and times.shape == values.shape[:1] and times.dtype == "float64"
     if not fits or not all(isinstance(text, str) and text == _text(text) for text in texts):
         raise FormatError(f"{path}: damaged (values {values.shape}, times {times.shape}); {_REMEDY}")

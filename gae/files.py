@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and the hash that names their content."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from contextlib import contextmanager
@@ -68,6 +69,26 @@ def content_hash(path):
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_digest(modules, packages):
+    """Digest of some of our modules and the versions of some packages: what is kept between runs is kept for what they make.
+
+    Parameters
+    ----------
+    modules : iterable of str
+        Names below `gae`.
+    packages : iterable of str
+        Names as installed.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+    """
+    here = Path(__file__).parent
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return digest([versions, {name: content_hash(here / f"{name}.py") for name in modules}])
 
 
 def digest(value):

@@ -5,6 +5,7 @@ A model file (.safetensors, by `gae.model.save_model`) is enough to go from audi
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,9 @@ class Model:
         for array in self.weights.values():
             array.setflags(write=False)  # what is derived from them is remembered
 
-    @property
+    @cached_property
     def network(self):
-        """A `gae.model.GatedAutoencoder` with these weights, in evaluation mode: for training, reconstruction or a GPU."""
+        """A `gae.model.GatedAutoencoder` with a copy of these weights, in evaluation mode: for training, reconstruction or a GPU."""
         import torch
 
         from gae.model import GatedAutoencoder
@@ -120,7 +121,7 @@ def _read(path):
             facts = json.loads((file.metadata() or {}).get("gae", "{}"))
         weights = load_file(path)
     except FileNotFoundError:
-        raise FormatError(f"{path}: no such model; run `dvc repro train` or `dvc pull`, or name {' or '.join(SHIPPED)}") from None
+        raise FormatError(f"{path}: no such model; name {' or '.join(SHIPPED)}, or train or pull it by DVC") from None
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise FormatError(f"{path}: not a model file ({' '.join(str(error).split())}); run `dvc repro train` or `dvc pull`") from None
     schema = facts.get("schema") if isinstance(facts, dict) else None

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,18 @@ from gae.commandline import warn
 from gae.compute import by_place, map_tracks
 from gae.cqt import analyse
 from gae.errors import AudioError, FormatError, ListError, StorageError
-from gae.files import content_hash, digest, sweep
+from gae.files import code_digest, content_hash, digest, sweep
 from gae.index import read_index
 
+_PACKAGES = ("librosa", "numpy", "python-stretch", "soundfile", "soxr")  # that decide what frames a file has
 _WAITING = re.compile(r"/([0-9a-f]{32})-([0-9]+)\.h5$")  # a track at a URL: its key, and what must be known of it beforehand
 
 
 def preprocess(params, index_file, out, staging):
     """Compute the frames that are missing, and make the shards hold just the listed tracks.
 
-    A track is known by its content and by the parameters of the transform: a file that was moved, or is on both lists, is
-    not computed again. Each track's frames wait in a file of their own until the shards are written, so a killed run
+    A track is known by its content, the parameters of the transform and the code that runs it: a file that was moved, or is on
+    both lists, is not computed again. Each track's frames wait in a file of their own until the shards are written, so a killed run
     loses only the tracks it was at.
 
     Parameters
@@ -51,7 +53,7 @@ def preprocess(params, index_file, out, staging):
     lists = {Path(out) / role: indexed[role] for role in ("train", "convert")}
     far = storage.is_url(staging)
     staging, near = (staging.rstrip("/"), Path(out) / ".staging") if far else (Path(staging), Path(staging))
-    made = digest([params.cqt.model_dump(), params.data.dtype])[:16]
+    made = digest([params.cqt.model_dump(), params.data.dtype, _code()])[:16]
     place = f"{staging}/{made}" if far else staging / made
     held = {folder: _tracks_in(folder, params) for folder in lists}
     staged = {key: track for folder in {place, near / made} for key, track in _waiting_in(folder, params).items()}
@@ -127,11 +129,17 @@ def compute_track(file, cqt, dtype, place):
             if content_hash(path) != file["sha256"]:
                 return f"{file['path']}: changed while it was read; run again"
             with _file_in(place, file["key"], analysis.n_frames) as waiting, shards.writing(waiting, cqt, durable=False) as shard:
-                facts = {"path": file["path"], "duration": file["seconds"], "peak": analysis.peak}
+                facts = {"path": file["path"], "duration": file["seconds"], "peak": analysis.peak, "code": _code()}
                 shards.add_track(shard, file["key"], analysis.blocks(), cqt.n_bins, dtype, **facts)
     except AudioError as error:
         return str(error)
     return None
+
+
+@cache
+def _code():
+    """Digest of all that decides a track's frames but the file and the parameters."""
+    return code_digest(("audio", "cqt"), _PACKAGES)
 
 
 def _samples(file, path, sample_rate):
@@ -150,7 +158,7 @@ def _file_in(place, key, n_frames):
 
 
 def _tracks_in(folder, params):
-    """The tracks that a folder holds already, made with these parameters: {key: Track}."""
+    """The tracks that a folder holds already, made with these parameters by this code: {key: Track}."""
     sweep(folder)
     tracks = {}
     for file in sorted(folder.glob("*.h5")):
@@ -160,7 +168,7 @@ def _tracks_in(folder, params):
             warn(f"{error} (its tracks are computed again)")
             file.unlink()
             continue
-        if cqt == params.cqt and all(track.dtype == params.data.dtype for track in found.values()):
+        if cqt == params.cqt and all((track.dtype, track.code) == (params.data.dtype, _code()) for track in found.values()):
             tracks |= found
     return tracks
 
@@ -173,7 +181,7 @@ def _waiting_in(place, params):
     for url in storage.below(place):
         if match := _WAITING.search(url):
             key, n_frames = match.groups()
-            tracks[key] = shards.Track(key, url, "", int(n_frames), 0.0, 0.0, params.data.dtype)
+            tracks[key] = shards.Track(key, url, "", int(n_frames), 0.0, 0.0, params.data.dtype, _code())
     return tracks
 
 

@@ -7,11 +7,13 @@ they came, and one more track rewrites one file.
     <folder>/index.json          the lines of the list, in order: {"lines": [[{"key", "path", "n_frames"}, ...views], ...]}
     <folder>/shard-<bits>.h5     attributes: schema, cqt (JSON); one group a track, named by its key:
                                  dataset "cqt" (n_frames, n_bins), chunked in time, not compressed;
-                                 attributes path, duration (s), n_frames, peak (largest magnitude)
+                                 attributes path, duration (s), n_frames, peak (largest magnitude),
+                                 code (digest of what made the frames)
 """
 
 import json
 import os
+from collections import OrderedDict
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +45,7 @@ class Track:
     duration: float
     peak: float
     dtype: str
+    code: str = ""
 
 
 class Shards:
@@ -119,14 +122,15 @@ class _Opened:
     """HDF5 files open for reading: those used last, each with the datasets that were read from it."""
 
     def __init__(self):
-        self._files = {}
+        self._files = OrderedDict()  # what was used last comes last
 
     def frames(self, path, key):
         """The frames of a track, as a dataset of its file; opening either takes longer than reading an excerpt."""
         if path not in self._files:
             if len(self._files) >= _FILES:
-                self._files.pop(next(iter(self._files)))[0].close()
+                self._files.popitem(last=False)[1][0].close()
             self._files[path] = h5py.File(path, "r", rdcc_nbytes=0), {}  # or every dataset would keep what was read from it
+        self._files.move_to_end(path)
         file, datasets = self._files[path]
         if key not in datasets:
             datasets[key] = file[key]["cqt"]
@@ -215,7 +219,7 @@ def add_track(shard, key, blocks, n_bins, dtype, **attributes):
     n_bins : int
     dtype : {"float16", "float32"}
     **attributes
-        path (str), duration (s), peak.
+        path (str), duration (s), peak, and code (str), if it is kept.
 
     Returns
     -------
@@ -304,7 +308,8 @@ def _write_shard(file, tracks, cqt):
             # not HDF5's own copy, whose bytes remember how often a track was copied
             frames = opened.frames(track.file, track.key)
             blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
-            add_track(shard, track.key, blocks, cqt.n_bins, track.dtype, path=track.path, duration=track.duration, peak=track.peak)
+            facts = {"path": track.path, "duration": track.duration, "peak": track.peak, "code": track.code}
+            add_track(shard, track.key, blocks, cqt.n_bins, track.dtype, **facts)
 
 
 def _read_track(file, key, group, cqt):
@@ -314,9 +319,9 @@ def _read_track(file, key, group, cqt):
         raise FormatError(f"{file}: track {key} has {dataset.shape} frames, not ({n_frames}, {cqt.n_bins}); {_REMEDY}")
     if dataset.file.filename != str(file) or not _stored(dataset, file):
         raise FormatError(f"{file}: track {key} is not stored whole in it; {_REMEDY}")
-    path = str(about["path"])
+    path, code = str(about["path"]), str(about.get("code", ""))
     path.encode()  # a ValueError where it is no UTF-8
-    return Track(key, Path(file), path, n_frames, float(about["duration"]), float(about["peak"]), str(dataset.dtype))
+    return Track(key, Path(file), path, n_frames, float(about["duration"]), float(about["peak"]), str(dataset.dtype), code)
 
 
 def _stored(dataset, file):

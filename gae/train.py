@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from gae.batches import Excerpts, long_enough, n_frames_before
 from gae.checkpoints import Checkpoints
 from gae.compute import give_back_memory, keep_memory
 from gae.cqt import transpose
-from gae.errors import TrainingError
-from gae.files import digest, read_json, replacing, write_json
+from gae.errors import GaeError, TrainingError
+from gae.files import code_digest, digest, read_json, replacing, write_json
 from gae.locks import alone
 from gae.measures import invariance_top1, mean_and_error
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
@@ -66,7 +66,7 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
     """
     params = params.model_copy(update={"train": settled(params.train)})
     fabric = launch(params.train)
-    with Shards(shards_folder) as shards, alone(checkpoints) if fabric.is_global_zero else nullcontext():
+    with Shards(shards_folder) as shards, _alone(fabric, checkpoints):
         run = Run(fabric, params, shards, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
         with view or nullcontext():
@@ -108,6 +108,21 @@ def settled(train):
     return train.model_copy(update={"precision": "bf16" if quick else "fp32"})
 
 
+@contextmanager
+def _alone(fabric, checkpoints):
+    """Only this training uses the checkpoints: its first process locks them, and all end if it can't."""
+    with ExitStack() as held:
+        refusal = None
+        if fabric.is_global_zero:
+            try:
+                held.enter_context(alone(checkpoints))
+            except GaeError as error:
+                refusal = str(error)
+        if refusal := fabric.broadcast(refusal):
+            raise GaeError(refusal) if fabric.is_global_zero else SystemExit(1)  # one line is enough
+        yield
+
+
 def launch(train):
     """The `Fabric` that the parameters ask for, its processes started."""
     keep_memory()
@@ -116,7 +131,7 @@ def launch(train):
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     try:
         fabric = Fabric(
-            accelerator=train.accelerator,
+            accelerator=train.accelerator if train.accelerator != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
             devices=train.devices,
             num_nodes=train.nodes,
             strategy="ddp" if world > 1 else "auto",
@@ -164,7 +179,8 @@ class Run:
         self.step, self.history, self.seconds = 0, [], 0.0
         self.best_score, self.best_error, self.best_step, self.fruitless = -1.0, 0.0, 0, 0
         self._window = []
-        recipe = [params.model.model_dump(), recipe_of(params.train), self.data]
+        code = code_digest(["batches", "cqt", "model", "muon", "train"], ["torch"])
+        recipe = [params.model.model_dump(), recipe_of(params.train), self.data, code]
         modules = {"model": self.model, "average": self.average, "best": self.best}
         self.store = Checkpoints(checkpoints, digest(recipe), modules, optimisers, fabric)
         vars(self).update(self.store.resume() or {})
@@ -195,6 +211,8 @@ class Run:
         except torch._dynamo.exc.BackendCompilerFailed as error:  # at the first step; no public name tells it from other failures
             reason = " ".join(str(error).strip().split("\n\n")[0].split())
             raise TrainingError(f"train.compile: {reason}; install a C++ compiler, or set it to false") from None
+        except torch.OutOfMemoryError:
+            raise TrainingError(f"the GPU's memory does not hold a step; lower train.batch ({train.batch})") from None
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -233,9 +251,9 @@ class Run:
 
         Later weights rebuild better, and what they lose is less than that by which so few tracks may misjudge all music: the
         one-standard-error rule of L. Breiman et al., Classification and Regression Trees, 1984, tracks for folds. Few tracks thus
-        keep the newest weights unless they break down; without any the newest are the best.
+        keep the newest weights unless they break down; without any the newest are the best. The first process judges for all.
         """
-        scored = self.validation.score(self.average)
+        scored = self.fabric.broadcast(self.validation.score(self.average) if self.fabric.is_global_zero else None)
         if scored:
             score, error = scored
             self.fruitless = 0 if score > self.best_score else self.fruitless + 1
@@ -442,11 +460,12 @@ class Validation:
 def split(lines, share):
     """Divide lines into (those to train on, those to validate on), by their content, whatever their order.
 
-    Fewer than five lines are all trained on. A line that shares a track with those to validate on is left out.
+    Of five lines or more at least one is kept to validate on, if any share is; fewer are all trained on. A line that shares a
+    track with those to validate on is left out.
     """
-    count = round(share * len(lines)) if share and len(lines) < 20 else math.floor(share * len(lines))
-    if count == 0 or len(lines) < 5:
+    if not share or len(lines) < 5:
         return lines, []
+    count = max(1, math.floor(share * len(lines)))
     held_out = sorted(lines, key=lambda line: digest(line[0].key))[:count]
     keys = {track.key for line in held_out for track in line}
     return [line for line in lines if keys.isdisjoint(track.key for track in line)], held_out

@@ -34,7 +34,7 @@ def in_this_process(monkeypatch):
 class Project:
     """The inputs of a conversion: an index, shards, and how to run it."""
 
-    def __init__(self, folder, weights, contents, cqt=tiny.CQT):
+    def __init__(self, folder, weights, contents, cqt=tiny.CQT, dtype="float32", code="c"):
         self.out, self.weights, self.contents = folder / "features", weights, contents
         self.shards, self.index = folder / "shards", folder / "index.json"
         self.params = Params(**{"compute": {"workers": 2}, "data": {"convert_list": "data/convert.txt"}})
@@ -45,7 +45,7 @@ class Project:
             sources[key] = folder / "sources" / f"{key}.h5"
             with shards.writing(sources[key], cqt) as shard:
                 block = tiny.frames(600 + content, content, cqt.n_bins)
-                shards.add_track(shard, key, [block], cqt.n_bins, "float32", path="x", duration=1.0, peak=1.0)
+                shards.add_track(shard, key, [block], cqt.n_bins, dtype, path="x", duration=1.0, peak=1.0, code=code)
         listed = [[(keys[content], path)] for path, content in contents.items()]
         shards.write_folder(self.shards, listed, sources, cqt, 1 << 30)
         entries = [
@@ -130,6 +130,26 @@ def test_other_weights_type_or_content_are_converted_again(project, in_this_proc
     project.params = Params(convert={"dtype": "float16"})
     project.run()
     assert np.array_equal(read(project.out / "other.h5").values, expected.astype(np.float16))
+
+
+@pytest.mark.parametrize("other", [{"dtype": "float16"}, {"code": "d"}])
+def test_features_of_other_frames_are_converted_again(tmp_path, weights, in_this_process, other):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    before, after = Project(tmp_path / "a", weights, {"song.wav": 1}), Project(tmp_path / "b", weights, {"song.wav": 1}, **other)
+    before.run()
+    afresh = after.run() and after.files()
+    after.out = before.out
+    after.run()
+    assert after.files() == afresh
+
+
+def test_features_of_other_code_are_converted_again(project, in_this_process, monkeypatch):
+    project.run()
+    before = project.files()
+    monkeypatch.setattr(convert, "code_digest", lambda modules, packages: "0" * 64)
+    project.run()
+    assert all(project.files()[name] != before[name] for name in before if name.endswith(".h5"))
 
 
 def test_what_is_no_longer_listed_goes_and_what_is_not_ours_stays(project, in_this_process):

@@ -2,13 +2,14 @@ import json
 import os
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import h5py
 import numpy as np
 import pytest
 import tiny
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from gae.errors import FormatError
 from gae.features import Features, Origin, extract_blocks, extract_frames, read, validate, write
@@ -278,3 +279,36 @@ def test_flipped_bytes_raise_nothing_else(tmp_path, values):
             assert read(tmp_path / "flipped.h5").values.size <= 2 * len(data)
         except FormatError as error:
             assert "\n" not in str(error)
+
+
+def test_a_part_keeps_its_times(tmp_path, values):
+    part = read(stored(tmp_path / "song.h5", values), 10, 20)
+    part.save(tmp_path / "part.h5")
+    again = read(tmp_path / "part.h5")
+    assert np.array_equal(again.times, part.times) and np.array_equal(again.values, part.values)
+    part.save(tmp_path / "part.csv")
+    assert np.allclose(np.loadtxt(tmp_path / "part.csv", delimiter=",")[:, 0], part.times)
+
+
+def test_values_of_other_types_are_saved_as_float32_or_refused(tmp_path, values):
+    Features(values.astype(np.float64), np.arange(40) * 0.032, ORIGIN).save(tmp_path / "song.h5")
+    assert np.array_equal(read(tmp_path / "song.h5").values, values)
+    with pytest.raises(FormatError, match=r"song\.h5: features are stored as float32 or float16, not as float64"):
+        write(tmp_path / "song.h5", [values], values.shape, ORIGIN, "float64")
+    assert np.array_equal(read(tmp_path / "song.h5").values, values)
+
+
+def test_features_are_shown_in_one_line(values):
+    times = np.arange(40) * 0.032
+    assert repr(Features(values, times, ORIGIN)) == "<Features of 'music/Für Elise.flac': 40 frames, 7 maps, 0.00 to 1.25 s>"
+    assert repr(Features(values[:0], times[:0], Origin(tiny.CQT))) == "<Features: 0 frames, 7 maps>"
+
+
+def test_threads_that_extract_together_leave_the_matrix_libraries_as_they_were():
+    frames, model = tiny.frames(9000), tiny.model()
+    with threadpool_limits(limits=2):
+        before = [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: extract_frames(frames, model), range(8)))
+        assert [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"] == before
+    assert all(np.array_equal(result, results[0]) for result in results)

@@ -284,6 +284,7 @@ def test_a_saved_model_comes_back(saved, network):
     assert all(np.array_equal(model.weights[name], network.weights[name]) for name in model.weights)
     x, y = excerpts()
     assert torch.equal(model.network.mapping(x, y), network.mapping(x, y)) and not model.network.training
+    assert model.network is model.network  # or what is done to it would be lost
 
 
 def test_a_small_model_file_gives_nearly_the_same(tmp_path, saved, network):

@@ -1,11 +1,14 @@
 """Exactly what depends on a change reruns: DVC itself is asked, by a real `dvc repro` for every change."""
 
+import ast
 import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import yaml
 
 AFTER_INDEX = {"preprocess", "train", "convert", "evaluate", "plot"}
 AFTER_TRAINING = {"train", "convert", "evaluate", "plot"}
@@ -28,6 +31,33 @@ CHANGES = {
     "compute": (lambda project: project.set("compute.workers", 2), set()),
     "comment in params.yaml": (lambda project: project.append("params.yaml", "# no parameter"), set()),
 }
+
+
+ROOT = Path(__file__).parents[1]
+# modules that bring data, settings and errors to where they are wanted, and change no result
+CARRIERS = {
+    "checkpoints", "commandline", "compute", "errors", "filelists", "files", "hdf5", "index", "locks", "params", "shards", "storage",
+}  # fmt: skip
+
+
+def code_of(stage):
+    """The modules that decide what a stage makes: its own, and what these import."""
+    modules, beyond = set(), [stage]
+    while beyond:
+        module = beyond.pop()
+        modules.add(module)
+        found = [node for node in ast.walk(ast.parse((ROOT / f"gae/{module}.py").read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {name for node in found for name in ([a.name for a in node.names] if node.module == "gae" else node.module.split(".")[1:])}
+        names = {name for name in names if (ROOT / f"gae/{name}.py").exists()}
+        # how training draws is no reason to train again
+        beyond += names - modules - CARRIERS - ({"plot"} if stage == "train" else set())
+    return modules
+
+
+@pytest.mark.parametrize("stage", ["corpus", "index", "preprocess", "train", "convert", "evaluate", "plot"])
+def test_a_stage_depends_on_the_code_that_decides_what_it_makes(stage):
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    assert {f"gae/{module}.py" for module in code_of(stage)} | {f"stages/{stage}.py"} <= set(deps)
 
 
 class Changed:

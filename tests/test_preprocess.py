@@ -314,3 +314,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
     after = content()
     assert after == fresh()
     assert len(after) == 4
+
+
+def test_frames_of_other_code_are_computed_again(folder, computed, monkeypatch):
+    run()
+    before = content()
+    computed.clear()
+    monkeypatch.setattr(module, "_code", lambda: "0" * 64)
+    run()
+    assert len(computed) == 6 and content() == fresh() != before

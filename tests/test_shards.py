@@ -31,7 +31,7 @@ def staged(place, n, dtype="float32"):
         key = hashlib.sha256(bytes([number])).hexdigest()[:32]
         files[key] = place / f"{key}.h5"
         with shards.writing(files[key], CQT) as shard:
-            facts = {"path": f"{number}.wav", "duration": 1.5 * number, "peak": number / 4}
+            facts = {"path": f"{number}.wav", "duration": 1.5 * number, "peak": number / 4, "code": "c" * 64}
             written = shards.add_track(shard, key, np.split(frames_of(number), [0, 7, 7]), CQT.n_bins, dtype, **facts)
             assert written == 20 + 30 * number
     return files
@@ -65,7 +65,13 @@ def test_the_contract(tmp_path, tracks):
         assert dict(shard.attrs) == {"schema": 1, "cqt": json.dumps(CQT.model_dump(), sort_keys=True)}
         assert set(shard) == set(tracks)
         for number, key in enumerate(tracks):
-            expected = {"path": f"music/{key[:4]}.wav", "duration": 1.5 * number, "n_frames": 20 + 30 * number, "peak": number / 4}
+            expected = {
+                "path": f"music/{key[:4]}.wav",
+                "duration": 1.5 * number,
+                "n_frames": 20 + 30 * number,
+                "peak": number / 4,
+                "code": "c" * 64,
+            }
             assert dict(shard[key].attrs) == expected and list(shard[key]) == ["cqt"]
             assert shard[key]["cqt"].chunks == (256, CQT.n_bins) and shard[key]["cqt"].dtype == np.float32
             assert np.array_equal(shard[key]["cqt"], frames_of(number))

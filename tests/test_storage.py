@@ -307,7 +307,7 @@ def test_what_others_put_there_stays(both_lists, inline, music):
 def test_a_damaged_file_that_waits_is_one_line(both_lists, inline, music):
     settings = values("memory://bucket/staging")
     indexing.index(settings, "index.json", "memory.json")
-    place = f"memory://bucket/staging/{digest([settings.cqt.model_dump(), settings.data.dtype])[:16]}"
+    place = f"memory://bucket/staging/{digest([settings.cqt.model_dump(), settings.data.dtype, preprocess._code()])[:16]}"
     key = read_json("index.json")["train"][0][0]["key"]
     music.pipe(f"{place}/{key}-32.h5", b"half")
     with pytest.raises(
@@ -353,7 +353,13 @@ def test_workers_that_stage_at_a_url_are_given_no_local_files():
 
 def test_a_worker_that_does_not_see_the_folder_is_one_line():
     with pytest.raises(GaeError, match=r"^/no/where: not seen by the worker on .* \(No such file or directory\); share it, or name"):
-        computing._at("/no/where", len, "")
+        computing._at("/no/where", None, len, "")
+
+
+def test_a_worker_with_another_gae_is_one_line():
+    assert computing._at(None, computing._code(), len, "four") == 4
+    with pytest.raises(GaeError, match=r"^the worker on .* has another gae, NumPy or librosa than this machine; install the same there$"):
+        computing._at(None, "0" * 64, len, "four")
 
 
 # ---- features --------------------------------------------------------------------------------------------------------
