@@ -180,8 +180,8 @@ def alignment(tasks, model, take):
     shares = []
     for task in tqdm(tasks, leave=False):
         score, performance = (pool(features_of(task[name], model), HOP) for name in (take, "performance"))
-        first = (HOP - 1) / 2 * model.cqt.frame_seconds
-        times = align(score, performance).times(np.subtract(task["beats"]["score"], first), HOP * model.cqt.frame_seconds) + first
+        hop, first = HOP * model.cqt.frame_seconds, (HOP - 1) / 2 * model.cqt.frame_seconds
+        times = align(score, performance).times(task["beats"]["score"], hop, first)
         shares.append(beats_within(times, task["beats"]["performance"], TOLERANCES.values()))
     return 100 * np.mean(shares, axis=0)
 

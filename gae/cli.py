@@ -46,6 +46,8 @@ def _outs(paths, out, suffix):
     """The feature file of each input: `out` itself, or one in the folder `out`."""
     paths = list(dict.fromkeys(paths))
     if len(paths) == 1 and not out.endswith("/") and not Path(out).is_dir():
+        if not Path(out).suffix:
+            raise FormatError(f"{out}: neither a feature file ({', '.join(SUFFIXES)}) nor a folder; end a folder's name in /")
         check_suffix(out)
         return {paths[0]: Path(out)}
     if Path(out).suffix.lower() in SUFFIXES and not Path(out).is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from gae import params
-from gae.errors import GaeError, one_line
+from gae.errors import GaeError, one_line, reason
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def one_line_errors(program):
         sys.exit(f"{program}: error: {error}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        what = one_line(where + " ".join(str(error.strerror or error).split()))
+        what = one_line(where + reason(error.strerror or error))
         sys.exit(f"{program}: error: {what}; make room or check the permissions, then run it again")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; run it again to go on")

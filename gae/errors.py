@@ -34,6 +34,11 @@ class TrainingError(GaeError):
     """Training can't start, or had to stop."""
 
 
+def reason(error):
+    """What an exception of others says, its lines joined, to be part of a message."""
+    return " ".join(str(error).split())
+
+
 def one_line(message):
     """A message as one line of bounded length that any terminal shows: names and damaged files may hold anything."""
     shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in message)

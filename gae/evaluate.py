@@ -262,7 +262,7 @@ def _beats_found(kind, score, performance, beats, cqt, settings):
     hop, first = n * cqt.frame_seconds, (n - 1) / 2 * cqt.frame_seconds  # spacing of the pooled frames and centre of the first
     performance = pool(performance, n)
     alignment = min((align(version, performance) for version in _versions(kind, pool(score, n))), key=lambda found: found.cost)
-    estimated = alignment.times(np.subtract(beats["score"], first), hop) + first
+    estimated = alignment.times(beats["score"], hop, first)
     return beats_within(estimated, beats["performance"], TOLERANCES.values())
 
 

@@ -23,7 +23,7 @@ from threadpoolctl import ThreadpoolController
 
 from gae import hdf5
 from gae.cqt import frame_times
-from gae.errors import FormatError
+from gae.errors import FormatError, reason
 from gae.files import replacing
 from gae.modelfile import Model
 from gae.params import Cqt
@@ -401,7 +401,7 @@ def _opened(path):
     except FormatError:
         raise
     except Exception as error:  # h5py raises whatever the damage suggests to it
-        raise FormatError(f"{path}: not a readable feature file ({' '.join(str(error).split())[:200]}); {_REMEDY}") from None
+        raise FormatError(f"{path}: not a readable feature file ({reason(error)[:200]}); {_REMEDY}") from None
 
 
 def _header(file, path):

@@ -80,9 +80,23 @@ class Alignment:
     positions: np.ndarray
     cost: float
 
-    def times(self, score_times, hop):
-        """Times in the performance for times in the score, in s, both in frames `hop` s apart, interpolated between frames."""
-        return np.interp(np.asarray(score_times) / hop, np.arange(len(self.positions)), self.positions) * hop
+    def times(self, score_times, hop, first=0.0):
+        """Times in the performance for times in the score, interpolated between frames.
+
+        Parameters
+        ----------
+        score_times : array_like, shape (n,)
+            In s.
+        hop, first : float
+            In s, of both sequences: from one frame's centre to the next, and the centre of the first.
+
+        Returns
+        -------
+        ndarray of float64, shape (n,)
+            In s.
+        """
+        frames = np.subtract(score_times, first) / hop
+        return np.interp(frames, np.arange(len(self.positions)), self.positions) * hop + first
 
 
 def align(score, performance):

@@ -13,7 +13,7 @@ import safetensors
 from safetensors.numpy import load_file
 
 from gae import params
-from gae.errors import FormatError
+from gae.errors import FormatError, reason
 from gae.files import content_hash
 
 SCHEMA = 1
@@ -88,7 +88,7 @@ def load_model(path: str | Path | None = None) -> Model:
             sha256=content_hash(path),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}: not a whole model ({' '.join(str(error).split())[:200]}); train again or name another") from None
+        raise FormatError(f"{path}: not a whole model ({reason(error)[:200]}); train again or name another") from None
     if (problem := problem_of(model)) is not None:
         raise FormatError(f"{path}: {problem}; train again or name another")
     return model
@@ -123,7 +123,7 @@ def _read(path):
     except FileNotFoundError:
         raise FormatError(f"{path}: no such model; name {' or '.join(SHIPPED)}, or train or pull it by DVC") from None
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise FormatError(f"{path}: not a model file ({' '.join(str(error).split())}); run `dvc repro train` or `dvc pull`") from None
+        raise FormatError(f"{path}: not a model file ({reason(error)}); run `dvc repro train` or `dvc pull`") from None
     schema = facts.get("schema") if isinstance(facts, dict) else None
     if schema != SCHEMA:
         raise FormatError(f"{path}: model schema {schema}, expected {SCHEMA}; convert it with this version's tools")

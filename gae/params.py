@@ -11,7 +11,7 @@ from typing import Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gae.errors import ParamsError
+from gae.errors import ParamsError, reason
 
 _MERGED = 1000  # keys that a section may have with those that it merges (<<: *other)
 
@@ -296,7 +296,7 @@ def _parse(text, where):
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises whatever its constructors run into
-        raise ParamsError(f"{where}: not valid YAML: {_one_line(error)}") from None
+        raise ParamsError(f"{where}: not valid YAML: {reason(error)}") from None
 
 
 def _with_sections(values):
@@ -317,7 +317,7 @@ def _override(values, override):
 
 def _explain(error):
     """One line for one of pydantic's errors: dotted key, what is wrong, what is allowed."""
-    key = _one_line(".".join(str(part) for part in error["loc"]))
+    key = reason(".".join(str(part) for part in error["loc"]))
     kind, given = error["type"], error["input"]
     if kind in ("extra_forbidden", "invalid_key"):
         return f"{key}: unknown key; allowed: {', '.join(_siblings(error['loc']))}"
@@ -345,7 +345,3 @@ def _allowed(loc):
     rules = [(sign, getattr(rule, name, None)) for rule in field.metadata for name, sign in signs.items()]
     limits = [f"{sign} {limit}" for sign, limit in rules if limit is not None]
     return " ".join([words, " and ".join(limits)]).strip() + f" (default {field.default})"
-
-
-def _one_line(error):
-    return " ".join(str(error).split())

@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from gae import hdf5
-from gae.errors import FormatError
+from gae.errors import FormatError, reason
 from gae.files import read_json, replacing, write_json
 from gae.params import Cqt
 from gae.storage import all_fetched
@@ -87,7 +87,7 @@ class Shards:
         try:
             return self._opened.frames(track.file, key)[start:stop].astype(dtype, copy=False)
         except (OSError, KeyError) as error:
-            raise FormatError(f"{track.file}: damaged ({_one_line(error)}); {_REMEDY}") from None
+            raise FormatError(f"{track.file}: damaged ({reason(error)}); {_REMEDY}") from None
 
     def blocks(self, key, n_frames=_BLOCK):
         """The frames of a track, `n_frames` at a time."""
@@ -165,7 +165,7 @@ def read_shard(file):
     except FormatError:
         raise
     except Exception as error:  # h5py raises whatever the damage suggests to it
-        raise FormatError(f"{file}: not a readable shard ({_one_line(error)}); {_REMEDY}") from None
+        raise FormatError(f"{file}: not a readable shard ({reason(error)}); {_REMEDY}") from None
 
 
 def read_blocks(file, key, n_frames=_BLOCK):
@@ -188,7 +188,7 @@ def read_blocks(file, key, n_frames=_BLOCK):
         with h5py.File(file, "r") as shard:
             length = len(shard[key]["cqt"])
     except (OSError, KeyError) as error:
-        raise FormatError(f"{file}: damaged ({_one_line(error)}); {_REMEDY}") from None
+        raise FormatError(f"{file}: damaged ({reason(error)}); {_REMEDY}") from None
 
     def blocks():
         with h5py.File(file, "r") as shard:
@@ -334,7 +334,3 @@ def _stored(dataset, file):
 
 def _text(cqt):
     return json.dumps(cqt.model_dump(), sort_keys=True)
-
-
-def _one_line(error):
-    return " ".join(str(error).split())

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from gae.errors import AudioError, GaeError, StorageError
+from gae.errors import AudioError, GaeError, StorageError, reason
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _REQUESTS = 16  # under way at a time
@@ -156,7 +156,7 @@ def _reached(url, missing=None):
         package = getattr(error.__cause__, "name", None) or error.name
         raise StorageError(f"{url}: this storage needs another package; pip install {package} here and for the workers") from None
     except Exception as error:  # each storage raises its own
-        what = " ".join(str(error).split()) or type(error).__name__
+        what = reason(error) or type(error).__name__
         raise StorageError(f"{url}: {what}; check the URL, and keys and endpoint in the storage's own configuration") from None
 
 

@@ -26,7 +26,7 @@ from gae.batches import Excerpts, long_enough, n_frames_before
 from gae.checkpoints import Checkpoints
 from gae.compute import give_back_memory, keep_memory
 from gae.cqt import transpose
-from gae.errors import GaeError, TrainingError
+from gae.errors import GaeError, TrainingError, reason
 from gae.files import code_digest, digest, read_json, replacing, write_json
 from gae.locks import alone
 from gae.measures import invariance_top1, mean_and_error
@@ -138,9 +138,7 @@ def launch(train):
             precision=PRECISIONS[train.precision],
         )
     except (RuntimeError, ValueError, MisconfigurationException) as error:
-        raise TrainingError(
-            f"train.accelerator {train.accelerator}, train.devices {train.devices}: {' '.join(str(error).split())}"
-        ) from None
+        raise TrainingError(f"train.accelerator {train.accelerator}, train.devices {train.devices}: {reason(error)}") from None
     fabric.launch()
     return fabric
 
@@ -209,8 +207,8 @@ class Run:
             terms = self.objective(*tensors, contrast_weight(self.step, train))
             self.fabric.backward(terms["loss"])
         except torch._dynamo.exc.BackendCompilerFailed as error:  # at the first step; no public name tells it from other failures
-            reason = " ".join(str(error).strip().split("\n\n")[0].split())
-            raise TrainingError(f"train.compile: {reason}; install a C++ compiler, or set it to false") from None
+            said = reason(str(error).strip().split("\n\n")[0])
+            raise TrainingError(f"train.compile: {said}; install a C++ compiler, or set it to false") from None
         except torch.OutOfMemoryError:
             raise TrainingError(f"the GPU's memory does not hold a step; lower train.batch ({train.batch})") from None
         for optimiser in self.optimisers:

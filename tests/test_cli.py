@@ -77,6 +77,7 @@ def test_one_file_to_a_folder_in_another_format(folder, weights, capsys):
     ("arguments", "why"),
     [
         (["song.wav", "--out", "song.mat"], "song.mat: features are written as"),
+        (["song.wav", "--out", "out"], "out: neither a feature file (.h5, .npz, .csv) nor a folder; end a folder's name in /"),
         (["song.wav", "other.flac", "--out", "both.h5"], "both.h5: one file can't hold 2 recordings"),
         (["song.wav", "--out", "song.h5", "--weights", "none.safetensors"], "none.safetensors: no such model"),
         (["song.wav", "--out", "song.h5", "--weights", "bad.wav"], "bad.wav: not a model file"),
