@@ -1,9 +1,10 @@
 """The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
 
-    python benchmarks/published.py [--weights FILE_OR_NAME ...] [--soundfont FILE.sf2] [--corpus data/corpus]
+    python benchmarks/published.py [--weights FILE_OR_NAME ...] [--soundfont FILE.sf2] [--jkupdd FOLDER] [--corpus data/corpus]
 
-piano       the JKU Patterns Development Database (../shared/data/jkupdd) played with a SoundFont of your choice (Debian's
-            fluid-soundfont-gm has one), human-like in time and loudness, as written and transposed by -6 to 6 semitones;
+piano       the JKU Patterns Development Database (T. Collins, 2013: its .mid and -poly.csv files in one folder, by default
+            ../shared/data/jkupdd) played with a SoundFont of your choice (Debian's fluid-soundfont-gm has one), human-like in
+            time and loudness, as written and transposed by -6 to 6 semitones;
             also alignment of a rendering at a steady tempo with a freely timed performance on another piano, pedal down;
             each piece is there in three takes that differ in little but tempo, so once more with one take of each (piano, 1 take)
 wesnoth, hyperrogue, warzone2100, singularity
@@ -11,8 +12,9 @@ wesnoth, hyperrogue, warzone2100, singularity
             warzone2100-music, singularity-music), as it is and shifted by Rubber Band (rubberband-cli)
 corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not
 
-Sets whose material or tools are missing are left out. The published weights are ../shared/data/cgae_pretrained.npz. Beside the
-weights stands the constant-Q transform of the first of them, moved back by the known interval.
+Sets whose material or tools are missing are left out. The published weights are ../shared/data/cgae_pretrained.npz; from the
+original's own repository (cgae-invar) `gae import-weights model.save --out FILE` makes a file for `--weights`. Beside the weights
+stands the constant-Q transform of the first of them, moved back by the known interval.
 """
 
 import argparse
@@ -54,12 +56,12 @@ FRAMES, STACK, HOP = 100, 8, 2  # frames a track, frames stacked, frames pooled 
 TAKES = 3  # of each piece for the piano
 
 
-def piano_pairs(soundfont, folder):
+def piano_pairs(jkupdd, soundfont, folder):
     """Renderings of the JKUPDD pieces: a list of (original, transposed, semitones)."""
     import midirenderer
 
     pairs = []
-    for number, path in enumerate(sorted((SHARED / "jkupdd").glob("*.mid"))):
+    for number, path in enumerate(sorted(Path(jkupdd).glob("*.mid"))):
         for take in range(TAKES):
             rng = np.random.default_rng([number, take])
             score = pretty_midi.PrettyMIDI(str(path))
@@ -84,14 +86,14 @@ def piano_pairs(soundfont, folder):
     return pairs
 
 
-def piano_performances(soundfont, folder):
+def piano_performances(jkupdd, soundfont, folder):
     """Alignments to make with the JKUPDD pieces: a list of dict.
 
     original, transposed, performance: audio files; beats: score and performance, times in s of the same beats.
     """
     tasks = []
     for number, (name, tempo) in enumerate(TEMPI.items()):
-        table = np.loadtxt(SHARED / "jkupdd" / f"{name}-poly.csv", delimiter=",")
+        table = np.loadtxt(Path(jkupdd) / f"{name}-poly.csv", delimiter=",")
         table = table[table[:, 0] < tempo]  # the first minute
         for take in range(TAKES):
             rng = np.random.default_rng([number, take])
@@ -190,6 +192,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=SHIPPED, help="model files, or names of shipped weights (default: all of these)")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
+    parser.add_argument("--jkupdd", type=Path, default=SHARED / "jkupdd")
     parser.add_argument("--corpus", default="data/corpus")
     given = parser.parse_args()
     models = {file: gae.load_model(file) for file in given.weights}
@@ -198,10 +201,10 @@ if __name__ == "__main__":
         models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
     with tempfile.TemporaryDirectory() as folder:
         sets, performances = {}, {}
-        if Path(given.soundfont).exists() and (SHARED / "jkupdd").exists():
-            sets["piano"] = piano_pairs(given.soundfont, Path(folder))
+        if Path(given.soundfont).exists() and given.jkupdd.exists():
+            sets["piano"] = piano_pairs(given.jkupdd, given.soundfont, Path(folder))
             sets["piano, 1 take"] = sets["piano"][::TAKES]
-            performances["piano"] = piano_performances(given.soundfont, Path(folder))
+            performances["piano"] = piano_performances(given.jkupdd, given.soundfont, Path(folder))
         for name, music in RECORDINGS.items():
             if Path(music).exists() and shutil.which("rubberband"):
                 sets[name] = recording_pairs(music, Path(folder))
