@@ -148,12 +148,15 @@ def _pieces(sample_blocks, length):
 
 
 def _open(path):
+    if os.path.isdir(path):
+        raise AudioError(f"{path}: a folder; check the path, or name the files in it")
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(os.fsencode(path))  # a name need not be UTF-8
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
         if "No such file" in str(error) or "System error" in str(error):
             raise AudioError(f"{path}: cannot be opened; check the path and its permissions") from None
-        raise AudioError(f"{path}: not audio that can be read; convert it to wav or flac") from None
+        what = "empty; copy it again" if _is_empty(path) else "not audio that can be read; convert it to wav or flac"
+        raise AudioError(f"{path}: {what}") from None
     if not (_RATES[0] <= file.samplerate <= _RATES[1] and 1 <= file.channels <= _CHANNELS):
         file.close()
         raise AudioError(
@@ -168,6 +171,10 @@ def _open(path):
         file.close()
         raise AudioError(f"{path}: truncated, its last page is missing; copy or encode it again")
     return file
+
+
+def _is_empty(path):
+    return os.path.isfile(path) and not os.path.getsize(path)
 
 
 def _has_last_page(path):

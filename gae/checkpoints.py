@@ -9,28 +9,33 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save
 
+from gae.commandline import warn
 from gae.files import replacing, sweep
 
 
 class Checkpoints:
-    """The last checkpoint of one recipe.
+    """The last checkpoint of one recipe, and a folder for what was drawn until then.
 
     Parameters
     ----------
     folder : str or Path
         Outside DVC's outputs, which it removes before it runs a stage.
     recipe : str
-        Digest of all that the result depends on. Checkpoints of other recipes are removed.
+        Digest of all that the result depends on. Checkpoints of other recipes go when the first of this one is there.
     modules : dict of str to nn.Module
         What to save and restore.
     optimisers : list of torch.optim.Optimizer
     fabric : lightning_fabric.Fabric
         Its first process alone touches the folder, and tells the others what was there.
+
+    Attributes
+    ----------
+    file, drawings : Path
     """
 
     def __init__(self, folder, recipe, modules, optimisers, fabric):
         self.folder, self.modules, self.optimisers, self.fabric = Path(folder), modules, optimisers, fabric
-        self.file = self.folder / f"{recipe[:32]}.safetensors"
+        self.file, self.drawings = self.folder / f"{recipe[:32]}.safetensors", self.folder / recipe[:32]
 
     def resume(self):
         """Restore the last checkpoint.
@@ -62,18 +67,20 @@ class Checkpoints:
         data = save(tensors, metadata={"gae": text, "sha256": _digest(text, tensors)})
         with replacing(self.file) as partial:
             partial.write_bytes(data)
+        for stale in {*self.folder.glob("*.safetensors")} - {self.file}:
+            shutil.rmtree(stale.with_suffix(""), ignore_errors=True)  # its drawings
+            stale.unlink()
 
     def clear(self):
         """Remove the folder: the run has ended well."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self):
-        """The facts and the tensors of the last checkpoint, if it can be read; stale ones go."""
+        """The facts and the tensors of the last checkpoint, if there is one that can be read."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
-        for stale in self.folder.glob("*.safetensors"):
-            if stale != self.file:
-                stale.unlink()
+        if not self.file.exists():
+            return None, None
         try:
             with safetensors.safe_open(self.file, "pt") as file:
                 metadata = file.metadata()
@@ -82,6 +89,7 @@ class Checkpoints:
                 return json.loads(metadata["gae"]), tensors
         except (OSError, safetensors.SafetensorError, KeyError, TypeError):
             pass
+        warn(f"{self.file}: damaged; training starts again from the first step")
         return None, None
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import gae
-from gae.commandline import one_line_errors
+from gae.commandline import explained, one_line_errors
 from gae.convert import convert_file, feature_names
 from gae.errors import FormatError, GaeError
 from gae.features import SUFFIXES, check_suffix
@@ -29,8 +29,8 @@ def _convert(given):
     for path, out in outs.items():
         try:
             convert_file(path, out, model)
-        except (GaeError, OSError) as error:
-            print(f"gae: error: {error}", file=sys.stderr)
+        except (GaeError, OSError, MemoryError) as error:
+            print(f"gae: error: {explained(error)}", file=sys.stderr)
             failures += 1
     return 1 if failures else 0
 
@@ -51,7 +51,7 @@ def _outs(paths, out, suffix):
         check_suffix(out)
         return {paths[0]: Path(out)}
     if Path(out).suffix.lower() in SUFFIXES and not Path(out).is_dir():
-        raise FormatError(f"{out}: one file can't hold {len(paths)} recordings; name a folder")
+        raise FormatError(f"{out}: named like one feature file, for {len(paths)} in a folder; name a folder")
     return {path: Path(out) / (name + suffix) for path, name in feature_names(paths).items()}
 
 

@@ -1,6 +1,7 @@
 """What the command lines share: parameters, paths, and errors that end in one line."""
 
 import argparse
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ def stage(description, reads, **paths):
     params : gae.params.Params
     paths : SimpleNamespace of Path
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while the stage was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(
         description=description,
         epilog="parameters read (key = default, meaning):\n" + params.describe(reads),
@@ -48,14 +51,21 @@ def one_line_errors(program):
     """End the program with one line on standard error where the user can mend what went wrong."""
     try:
         yield
-    except GaeError as error:
-        sys.exit(f"{program}: error: {error}")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        what = one_line(where + reason(error.strerror or error))
-        sys.exit(f"{program}: error: {what}; make room or check the permissions, then run it again")
+    except (GaeError, OSError, MemoryError) as error:
+        sys.exit(f"{program}: error: {explained(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; run it again to go on")
+
+
+def explained(error):
+    """What went wrong and what to do about it, in one line."""
+    match error:
+        case MemoryError():
+            return f"out of memory{f' ({said})' if (said := one_line(reason(error))) else ''}; use fewer compute.workers or smaller sizes"
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{one_line(where + reason(error.strerror or error))}; make room or check the permissions, then run it again"
+    return str(error)
 
 
 def warn(message):

@@ -64,10 +64,9 @@ def analyse(sample_blocks, cqt):
     with tempfile.TemporaryFile() as spool:
         n_frames, peak = 0, 0.0
         for piece in magnitude_blocks(sample_blocks, cqt):
-            piece.tofile(spool)
+            _spool(piece, spool)
             n_frames += len(piece)
             peak = max(peak, float(piece.max(initial=0.0)))
-        spool.flush()
 
         def blocks():
             spool.seek(0)
@@ -77,6 +76,14 @@ def analyse(sample_blocks, cqt):
                 yield standardise(compress(_silence(piece, peak), peak, cqt))
 
         yield Analysis(n_frames, peak, blocks)
+
+
+def _spool(piece, file):
+    try:
+        file.write(piece)
+        file.flush()
+    except OSError as error:  # a file without a name
+        raise OSError(error.errno, error.strerror, f"{tempfile.gettempdir()} (or another folder, named by TMPDIR)") from None
 
 
 def magnitude_blocks(sample_blocks, cqt):
@@ -147,8 +154,7 @@ def _silence(magnitudes, peak):
 
 def _margin(cqt):
     """Frames of overlap: the longest filter on either side, and as much again for the decimators' tails."""
-    longest = cqt.sample_rate / cqt.fmin / (2 ** (1 / cqt.bins_per_octave) - 1)
-    return _ALIGN * int(np.ceil(longest / cqt.hop_length / _ALIGN))
+    return _ALIGN * int(np.ceil(cqt.longest_filter / cqt.hop_length / _ALIGN))
 
 
 def _transform(samples, start, first, count, cqt):

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -40,7 +40,8 @@ def replacing(path, durable=True):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None  # name what the user knows
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that can't be written to there is none
+            partial.unlink()
 
 
 def sweep(folder):

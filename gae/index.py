@@ -144,7 +144,7 @@ def examine(path):
     except AudioError as error:
         return {**finding, "error": str(error)}
     except OSError as error:
-        return {"sha256": "", "bytes": 0, "error": f"{path}: {error.strerror}; check its permissions"}
+        return {"sha256": "", "bytes": 0, "error": f"{path}: {error.strerror}; check the path and its permissions"}
     return {**finding, "samples": info.n_samples, "sample_rate": info.sample_rate, "channels": info.channels}
 
 

@@ -81,9 +81,9 @@ def load_model(path: str | Path | None = None) -> Model:
     facts, weights = _read(path)
     try:
         model = Model(
-            weights={name: array.astype(np.float32) for name, array in weights.items()},
-            sizes=params.Model.model_validate({"dilation": 1} | facts["model"]),  # older files do not say
-            cqt=params.Cqt.model_validate(facts["cqt"]),
+            weights={name: _single(name, array) for name, array in weights.items()},
+            sizes=_whole(params.Model, {"dilation": 1} | facts["model"]),  # older files do not say
+            cqt=_whole(params.Cqt, facts["cqt"]),
             facts=facts,
             sha256=content_hash(path),
         )
@@ -104,6 +104,20 @@ def problem_of(model):
     return None
 
 
+def _whole(section, values):
+    """A section of the parameters of which every key is given: a default of today's is not what a model was trained with."""
+    if missing := section.model_fields.keys() - dict(values).keys():
+        raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    return section.model_validate(values)
+
+
+def _single(name, array):
+    if array.dtype.name not in ("float16", "float32", "float64"):
+        raise ValueError(f"{name} is of type {array.dtype}")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        return array.astype(np.float32)
+
+
 def _shipped(name):
     """Where shipped weights lie: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -117,16 +131,20 @@ def _shipped(name):
 def _read(path):
     """The metadata and the tensors of a model file."""
     try:
+        with open(path, "rb"):  # safetensors takes what it may not open for missing
+            pass
         with safetensors.safe_open(path, "np") as file:
             facts = json.loads((file.metadata() or {}).get("gae", "{}"))
         weights = load_file(path)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such model; name {' or '.join(SHIPPED)}, or train or pull it by DVC") from None
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror or reason(error)}); check the path and its permissions") from None
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{path}: not a model file ({reason(error)}); run `dvc repro train` or `dvc pull`") from None
     schema = facts.get("schema") if isinstance(facts, dict) else None
     if schema != SCHEMA:
-        raise FormatError(f"{path}: model schema {schema}, expected {SCHEMA}; convert it with this version's tools")
+        raise FormatError(f"{path}: model schema {schema!r}, expected {SCHEMA}; convert it with this version's tools")
     return facts, weights
 
 

@@ -5,6 +5,7 @@
 
 import re
 import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gae.errors import ParamsError, reason
 
+_LONGEST = 1 << 20  # samples of the longest filter of a constant-Q transform
 _MERGED = 1000  # keys that a section may have with those that it merges (<<: *other)
 
 
@@ -72,6 +74,11 @@ class Cqt(Section):
         """Time between frames, in seconds."""
         return self.hop_length / self.sample_rate
 
+    @property
+    def longest_filter(self):
+        """Length of the lowest bin's filter, in samples."""
+        return self.sample_rate / self.fmin / (2 ** (1 / self.bins_per_octave) - 1)
+
     @model_validator(mode="after")
     def _below_nyquist(self):
         top = self.fmin * 2 ** min(64, self.n_bins / self.bins_per_octave)
@@ -79,6 +86,15 @@ class Cqt(Section):
             raise ValueError(
                 f"cqt.fmin: {self.fmin:g} Hz with {self.n_bins} bins, {self.bins_per_octave} an octave, reaches {top:.0f} Hz; "
                 f"allowed: below half of cqt.sample_rate, {self.sample_rate / 2:g} Hz"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _of_bounded_length(self):
+        if self.longest_filter > _LONGEST:
+            raise ValueError(
+                f"cqt.fmin: {self.fmin:g} Hz with cqt.bins_per_octave {self.bins_per_octave} at cqt.sample_rate {self.sample_rate} takes "
+                f"a filter of {self.longest_filter:.0f} samples; allowed: up to {_LONGEST}; raise the first or lower the others"
             )
         return self
 
@@ -277,7 +293,22 @@ def describe(keys):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as DVC writes it, of version 1.2: there 1e-5 is a number, for PyYAML alone it is a text."""
+    """YAML as DVC has it, of version 1.2: 1e-5 is a number, for PyYAML alone it is a text. Every key stands once."""
+
+    def compose_mapping_node(self, anchor):
+        """Read a section, in which the last of two equal keys would win without a word."""
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for title, times in Counter(key.value for key in keys).items():
+            if times > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{title} stands there {times} times", node.start_mark)
+        return node
+
+    def construct_number(self, node):
+        """A number, unless versions of YAML disagree about it: 010 and 1:30 are eight and ninety by the older one."""
+        if re.match(r"[-+]?0[0-9_]+$", node.value) or ":" in node.value:
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value[:40]} differs between versions of YAML", node.start_mark)
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
 
     def flatten_mapping(self, node):
         """Merge what ``<<`` names, as long as a few lines that merge each other don't make millions of keys."""
@@ -289,6 +320,8 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"merges more than {_MERGED} keys", node.start_mark)
 
 
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -48,7 +48,8 @@ def kind(path):
 def matching(pattern):
     """The files that a glob matches, sorted."""
     if not is_url(pattern):
-        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        found = glob.glob(pattern, recursive=True)
+        return sorted(path for path in found if os.path.isfile(path) or not os.path.exists(path))  # a link to nothing is to be told
     with _reached(pattern) as files:
         found = files.glob(pattern, detail=True)
         return sorted(files.unstrip_protocol(path) for path, about in found.items() if about["type"] == "file")
@@ -57,8 +58,10 @@ def matching(pattern):
 def stamp(path):
     """What changes when the file does, without opening it: a list of numbers and texts."""
     if not is_url(path):
-        status = os.stat(path)
-        return [status.st_size, status.st_mtime_ns]
+        with suppress(FileNotFoundError):  # whoever opens it tells
+            status = os.stat(path)
+            return [status.st_size, status.st_mtime_ns]
+        return []
     with _reached(path) as files:
         about = files.info(path)
     return [about["size"], *(str(about[name]) for name in _VERSIONS if about.get(name))][:2]

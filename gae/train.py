@@ -72,7 +72,7 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
         with view or nullcontext():
             _advance(run, view, model_path)
         if view:
-            run.write(model_path, run.best)
+            run.write(model_path, run.best, run.best_step, run.history[-1])
             write_json(metrics_path, run.metrics())
             run.store.clear()
 
@@ -86,7 +86,7 @@ def _advance(run, view, model_path):
         trouble = run.look()
         if trouble:
             run.write_good(model_path)
-            raise TrainingError(f"{trouble}; weights from before are in {model_path}; lower train.learning_rate and train.muon_rate")
+            raise TrainingError(f"{trouble}; {run.remedy(model_path)}")
         if run.step % VALIDATION_STEPS == 0 or run.ended:
             run.validate()
         if view:
@@ -276,15 +276,22 @@ class Run:
         """Seconds of training so far, over all the runs that led here."""
         return self.seconds + time.monotonic() - self._since
 
-    def write(self, path, weights):
-        """Write the model file."""
-        facts = {"train": recipe_of(self.params.train), "data": self.data, "step": self.best_step, "metrics": self.history[-1]}
+    def write(self, path, weights, step, metrics):
+        """Write the model file: weights of a step, and what was measured when."""
+        facts = {"train": recipe_of(self.params.train), "data": self.data, "step": step, "metrics": metrics}
         save_model(path, weights, self.shards.cqt, self.params.train.dtype, **facts)
 
     def write_good(self, path):
-        """Write the last weights that were sound."""
-        if self.fabric.is_global_zero and self.history:
-            self.write(path, self.good)
+        """Write the last weights that were sound, if there are any."""
+        if self.fabric.is_global_zero and self.good_step:
+            metrics = next(row for row in self.history if row["step"] == self.good_step)
+            self.write(path, self.good, self.good_step, metrics)
+
+    def remedy(self, path):
+        """What to do about a loss that diverged: at the first step it is not the rate that is at fault."""
+        if not self.good_step:
+            return "bring model.input_scale and the weights of the loss (train.contrast, sparsity, weight_decay) near their defaults"
+        return f"weights from before are in {path}; lower train.learning_rate and train.muon_rate"
 
     def metrics(self):
         """What `dvc metrics` shows of training: final losses and validation, the step of the weights kept, speed in frames a second."""
@@ -301,7 +308,7 @@ class View:
     """
 
     def __init__(self, run, curves, drawings):
-        self.kept, self.drawings = run.store.folder / "drawings", Path(drawings)
+        self.kept, self.drawings = run.store.drawings, Path(drawings)
         stale = [self.drawings] if run.step else [self.drawings, self.kept, curves]
         for folder in stale:
             shutil.rmtree(folder, ignore_errors=True)

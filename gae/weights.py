@@ -129,7 +129,8 @@ def from_arrays(wx, wy, m1, b1, m2, b2):
         "map_2.weight": m2,
         "map_2.bias": b2,
     }
-    weights = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+    with np.errstate(over="ignore"):  # what becomes infinite is refused below
+        weights = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
     try:
         sizes = params.Model(n_factors=n_factors, n_hidden=len(m1), n_maps=len(m2), context=context, dilation=1, input_scale=1.0)
         cqt = params.Cqt(sample_rate=22050, hop_length=448, fmin=65.4, n_bins=n_bins, bins_per_octave=24, compression="none")
@@ -333,12 +334,20 @@ def _call(name, arguments):
         raise FormatError("refused a call of what is no name")
     match name.name:
         case "OrderedDict":
-            return _pairs(*arguments) if arguments else {}
+            return _pairs(_items(arguments))
         case "set":
-            return list(*arguments)
+            return list(_items(arguments))
         case "Size":
-            return tuple(*arguments)
+            return tuple(_items(arguments))
     return _Record(name.name, arguments)
+
+
+def _items(arguments):
+    """What a container is to hold; a text, which would take eight times its size at each call, is none of it."""
+    items = arguments[0] if arguments else ()
+    if len(arguments) > 1 or not isinstance(items, tuple | list):
+        raise FormatError("refused a container that is not made of a list")
+    return items
 
 
 def _persistent(identity):

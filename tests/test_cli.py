@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -78,7 +79,7 @@ def test_one_file_to_a_folder_in_another_format(folder, weights, capsys):
     [
         (["song.wav", "--out", "song.mat"], "song.mat: features are written as"),
         (["song.wav", "--out", "out"], "out: neither a feature file (.h5, .npz, .csv) nor a folder; end a folder's name in /"),
-        (["song.wav", "other.flac", "--out", "both.h5"], "both.h5: one file can't hold 2 recordings"),
+        (["song.wav", "other.flac", "--out", "both.h5"], "both.h5: named like one feature file, for 2 in a folder; name a folder"),
         (["song.wav", "--out", "song.h5", "--weights", "none.safetensors"], "none.safetensors: no such model"),
         (["song.wav", "--out", "song.h5", "--weights", "bad.wav"], "bad.wav: not a model file"),
     ],
@@ -111,3 +112,24 @@ def test_a_name_of_any_kind_is_one_line(folder, weights, capsys, name):
     assert code == 1 and error == error.splitlines()[0] + "\n" and error.strip().isprintable() and len(error) < 2100
     code, _, error = run(capsys, "convert", "song.wav", "--out", f"{name}.h5", "--weights", f"{name}.safetensors")
     assert error.splitlines() == [error] and error.isprintable() and len(error) < 2100
+
+
+def test_a_name_need_not_be_utf_8(folder, weights, capsys):
+    name = os.fsdecode(b"caf\xe9.wav")
+    os.rename("song.wav", name)
+    assert run(capsys, "convert", name, "--out", "out/", "--weights", weights)[0] == 0
+
+
+def test_what_is_no_audio_file_is_named_as_what_it_is(folder, weights, capsys):
+    (folder / "music").mkdir()
+    (folder / "empty.wav").touch()
+    _, _, error = run(capsys, "convert", "music", "empty.wav", "song.wav", "--out", "out/", "--weights", weights)
+    assert error.splitlines() == [
+        "gae: error: music: a folder; check the path, or name the files in it",
+        "gae: error: empty.wav: empty; copy it again",
+    ]
+
+
+def test_what_can_not_be_written_is_said_with_a_remedy(folder, weights, capsys):
+    _, _, error = run(capsys, "convert", "song.wav", "--out", "bad.wav/song.h5", "--weights", weights)
+    assert error == "gae: error: bad.wav: File exists; make room or check the permissions, then run it again\n"

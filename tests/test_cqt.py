@@ -1,3 +1,6 @@
+import errno
+import io
+
 import librosa
 import numpy as np
 import pytest
@@ -194,3 +197,13 @@ def test_transposing_moves_bins_and_fills_with_zeros(shift):
         if 0 <= b - shift < 24:
             expected[:, b] = frames[:, b - shift]
     assert np.array_equal(transpose(frames, shift), expected)
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    with pytest.raises(OSError, match=r"No space left on device: '.* \(or another folder, named by TMPDIR\)'"):
+        frames(tiny.tone(1, 8000), tiny.CQT)

@@ -29,6 +29,16 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
     assert names(tmp_path) == ["new/folder/file"]
 
 
+def test_a_disk_that_takes_nothing_is_told_of_the_file_that_the_user_knows(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    with pytest.raises(OSError) as full, replacing(tmp_path / "file") as partial:
+        refuse(partial)
+    assert (full.value.errno, full.value.filename) == (errno.EROFS, str(tmp_path / "file"))
+
+
 @pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt])
 def test_what_fails_leaves_the_old_file(tmp_path, stop):
     path = tmp_path / "file"

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,7 +234,7 @@ def test_what_could_not_be_opened_is_tried_again(folder, opened, monkeypatch):
 
     with monkeypatch.context() as refusing:
         refusing.setattr(module, "content_hash", lambda path: closed(path) if path == "music/a.wav" else hash_of(path))
-        assert look()["skipped"][0]["reason"] == "music/a.wav: Permission denied; check its permissions"
+        assert look()["skipped"][0]["reason"] == "music/a.wav: Permission denied; check the path and its permissions"
     opened.clear()
     assert look() == before and opened == ["music/a.wav"]
 
@@ -266,3 +267,11 @@ def test_a_name_outside_ascii_is_kept(folder, opened):
     (folder / "convert.txt").write_text("music/Für Élise – 音.wav\n", encoding="utf-8")
     found = look()
     assert found["train"][0][0]["path"] == found["convert"][0][0]["path"] == "music/Für Élise – 音.wav"
+
+
+def test_a_link_to_nothing_that_a_glob_finds_is_told(folder, opened):
+    os.symlink("/no/where.wav", "music/a0.wav")
+    Path("train.txt").write_text("music/a*.wav\n")
+    assert [skipped["reason"] for skipped in look()["skipped"]] == [
+        "music/a0.wav: No such file or directory; check the path and its permissions"
+    ]

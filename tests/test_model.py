@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import tiny
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from gae.errors import FormatError
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
@@ -346,6 +346,26 @@ def test_what_is_no_file_is_refused(tmp_path):
     refuse(tmp_path)
 
 
+def test_a_file_that_may_not_be_read_is_not_called_missing(saved, monkeypatch):
+    def closed(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", closed)
+    assert "cannot be read (Permission denied)" in refuse(saved)
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_of_types_that_are_no_weights_are_refused(saved):
+    with safetensors.safe_open(saved, "np") as file:
+        metadata = file.metadata()
+    weights = load_file(saved)
+    for name, values in (("int32", np.int32), ("bool", bool)):
+        save_file({**weights, "map_1.bias": weights["map_1.bias"].astype(values)}, saved, metadata)
+        assert f"map_1.bias is of type {name}" in refuse(saved)
+    save_file({**weights, "map_1.bias": np.full_like(weights["map_1.bias"], 1e300, np.float64)}, saved, metadata)
+    assert "NaN or infinite" in refuse(saved)
+
+
 def test_a_foreign_model_is_refused(tmp_path):
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "foreign.safetensors")
     assert "schema None" in refuse(tmp_path / "foreign.safetensors")
@@ -357,6 +377,8 @@ def test_a_foreign_model_is_refused(tmp_path):
         lambda facts: facts.update(schema=99),
         lambda facts: facts.pop("model"),
         lambda facts: facts.pop("cqt"),
+        lambda facts: facts["model"].pop("context"),
+        lambda facts: facts["cqt"].pop("compression"),  # a default is not what the model was trained with
         lambda facts: facts["model"].update(n_maps=8),
         lambda facts: facts["model"].update(n_maps=10**12),
         lambda facts: facts["model"].update(context=4),

@@ -217,11 +217,22 @@ def test_a_changed_parameter_starts_afresh(shards, tmp_path, quiet, crash, chang
     with pytest.raises(Crash):
         learn(recipe(**change), shards, tmp_path)
     assert done == list(range(30))
-    left = {path.suffix for path in (tmp_path / "checkpoints").iterdir() if path.name != "drawings"}
-    assert left == {".safetensors"} and len(list((tmp_path / "checkpoints").iterdir())) == 2  # the other recipe's is gone
+    left = sorted((tmp_path / "checkpoints").iterdir())
+    assert len(left) == 2 and left[1] == left[0].with_suffix(".safetensors")  # drawings and state; the other recipe's are gone
     crash(None)
     learn(recipe(**change), shards, tmp_path)
     assert done[0] == 25 and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_that_fails_at_once_costs_another_none_of_its_work(shards, tmp_path, quiet, crash):
+    crash(None)
+    unbroken = learn(recipe(), shards, tmp_path / "unbroken")
+    done = stopped(recipe(), shards, tmp_path / "a", crash)
+    with pytest.raises(TrainingError, match=r"between steps 0 and 1; bring model\.input_scale and the weights of the loss \(train\.con"):
+        learn(recipe(weight_decay=1e38), shards, tmp_path / "a")
+    assert not (tmp_path / "a" / "gae.safetensors").exists()
+    done.clear()
+    assert learn(recipe(), shards, tmp_path / "a") == unbroken and done[0] == 50
 
 
 def test_a_changed_model_starts_afresh(shards, tmp_path, quiet, crash):
@@ -267,7 +278,7 @@ def test_changed_data_start_afresh(shards, tmp_path, quiet, crash, change):
         lambda content: content[:-1] + bytes([content[-1] ^ 64]),
     ],
 )
-def test_a_damaged_checkpoint_costs_a_fresh_start(shards, tmp_path, quiet, crash, damage):
+def test_a_damaged_checkpoint_costs_a_fresh_start(shards, tmp_path, quiet, crash, capsys, damage):
     crash(None)
     unbroken = learn(recipe(), shards, tmp_path / "unbroken")
     done = stopped(recipe(), shards, tmp_path / "a", crash)
@@ -275,7 +286,9 @@ def test_a_damaged_checkpoint_costs_a_fresh_start(shards, tmp_path, quiet, crash
     file.write_bytes(damage(file.read_bytes()))
     (file.parent / f".{file.name}.77.partial").write_text("half")
     (file.parent / "stale.safetensors").write_text("of another recipe")
+    capsys.readouterr()
     assert learn(recipe(), shards, tmp_path / "a") == unbroken and done[0] == 0
+    assert f"warning: {file}: damaged; training starts again from the first step\n" in capsys.readouterr().err
 
 
 def test_checkpoints_come_at_their_time(shards, tmp_path, quiet, crash, monkeypatch):
@@ -328,8 +341,9 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(shards, tmp_p
     message = str(caught.value)
     assert message.splitlines() == [message] and "between steps 50 and 75" in message
     assert str(tmp_path / "gae.safetensors") in message and "lower train.learning_rate" in message
-    weights = load_model(tmp_path / "gae.safetensors").weights
-    assert all(np.array_equal(weights[name], averages[50][name]) for name in weights)
+    model = load_model(tmp_path / "gae.safetensors")
+    assert all(np.array_equal(model.weights[name], averages[50][name]) for name in model.weights)
+    assert model.facts["step"] == model.facts["metrics"]["step"] == 50
     assert not (tmp_path / "metrics.json").exists()
 
 

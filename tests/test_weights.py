@@ -281,6 +281,7 @@ GREEDY = {
     "memo": zipped(b"\x80\x02Nr\xff\xff\xff\xff."),
     "text": zipped(b"\x80\x02X\xff\xff\xff\x7f."),
     "copies": zipped(op(b"\x80\x02](", b"K\x01" * 9_000, b"eq\x00", op(b"ctorch\nSize\n", b"h\x00\x85R") * 200_000, b".")),
+    "copies of a text": zipped(op(b"\x80\x02", text("a" * 300_000), b"q\x00", op(b"ctorch\nSize\n", b"h\x00\x85R") * 2_000, b".")),
     "long": zipped(b"\x80\x02" + b"N" * 5_000_000 + b"."),
     "deep": zipped(b"\x80\x02}" + b")" + b"\x85" * 9_000 + b"Ns."),
     "deeper": zipped(b"\x80\x02(c" + b"a." * 100_000 + b"\nb\n."),
@@ -298,6 +299,7 @@ WHY = {
     **dict.fromkeys(["storage", "huge"], "not a weights file"),
     "deflated": "refused compressed entries",
     "number for a key": "refused a key that is no text",
+    "copies of a text": "refused a container that is not made of a list",
     "long": "refused a pickle longer than any of weights",
     **dict.fromkeys(["strides", "negative", "outside"], "refused a tensor that claims more numbers than it has"),
 }
