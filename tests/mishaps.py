@@ -510,6 +510,8 @@ def validate(file):
             Image.open(file).load()
         case ".flac":
             audio.probe(file)
+        case ".txt":
+            assert file.read_text().endswith("\n"), "no last line"
         case ".tsv":
             rows = file.read_text().split("\n")[:-1]  # a curve grows row by row: the last may be on its way
             assert len({row.count("\t") for row in rows}) <= 1, rows

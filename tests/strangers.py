@@ -43,6 +43,7 @@ SECONDS = 5  # of processor time that a small file may take
 MEMORY = 150 << 20  # bytes that a small file may take
 LINE = 3000  # characters of a message
 KEY = "0123456789abcdef" * 2
+_LIBC = ctypes.CDLL(None)  # here: loading a library while a file is read counts as a deed of the file
 FORMATS = {
     "wav": [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "IMA_ADPCM"), ("WAV", "GSM610"), ("WAVEX", "PCM_24")],
     "aiff": [("AIFF", "PCM_16"), ("AIFF", "FLOAT"), ("AIFF", "IMA_ADPCM")],
@@ -149,7 +150,7 @@ def _memory(which):
     try:
         if which == "VmRSS":
             with contextlib.suppress(AttributeError):  # of glibc alone: what others let go of would be taken unseen
-                ctypes.CDLL(None).malloc_trim(0)
+                _LIBC.malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # starts the highest anew
         return int(re.search(rf"{which}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) << 10
     except OSError:  # not Linux

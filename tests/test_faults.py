@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 import mishaps
 import pytest
@@ -22,6 +23,17 @@ def test_it_ends_in_the_same_bytes_or_says_what_to_do(world, tmp_path, name):
 
 
 # What finds nothing must be able to find something
+
+OUTPUTS = [path for stage in mishaps.PIPELINE for path in mishaps.outputs(stage) if Path(path).suffix]
+
+
+@pytest.mark.parametrize("path", OUTPUTS)
+def test_half_of_any_output_is_found(tmp_path, path):
+    file = tmp_path / Path(path).name
+    file.write_bytes(b"half")
+    with pytest.raises(Exception) as caught:  # of what reads it
+        mishaps.validate(file)
+    assert "no output" not in str(caught.value)
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """Files of somebody else's give a result or one line; `benchmarks/fuzz.py` tries the same for longer."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 
 from gae.compute import keep_memory
 from gae.errors import FormatError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("target", strangers.TARGETS, ids=lambda target: target.name)
@@ -76,3 +81,10 @@ def test_memory_is_seen_that_the_process_had_from_before(tmp_path):
     target = strangers.Target("test", "stranger", lambda path: grow(), None, None)
     with strangers.furnished(target, tmp_path):
         assert strangers.outcome(target, b"any bytes").startswith("took ")
+
+
+def test_the_long_form_counts_what_it_reads():
+    command = [sys.executable, ROOT / "benchmarks" / "fuzz.py", "--seconds", "3", "--only", "file list", "--engine", "hypothesis"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    tried, accepted, refused, other = (int(cell.replace(",", "")) for cell in re.findall(r"[\d,]+(?= \|)", done.stdout.splitlines()[2]))
+    assert done.returncode == 0 and other == 0 and tried == accepted + refused and min(accepted, refused) > 0
