@@ -61,7 +61,8 @@ def explained(error):
     """What went wrong and what to do about it, in one line."""
     match error:
         case MemoryError():
-            return f"out of memory{f' ({said})' if (said := one_line(reason(error))) else ''}; use fewer compute.workers or smaller sizes"
+            said = one_line(reason(error)) or "no more to be had"
+            return f"out of memory: {said}; use fewer workers, smaller sizes or shorter recordings"
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
             return f"{one_line(where + reason(error.strerror or error))}; make room or check the permissions, then run it again"

@@ -8,6 +8,7 @@ object store.
 import ctypes
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gae.errors import GaeError
-from gae.files import code_digest
+from gae.files import PACKAGES, code_digest
 from gae.storage import is_url
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -173,6 +174,8 @@ def _dask_client(compute, workers):
 
 def _begin():
     """Set up a worker process."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by the stage's file, which it imports too: it would leave copies behind
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_memory()
     _end_with_parent()
 
@@ -190,7 +193,10 @@ def _end_with_parent():
 def _at(folder, code, function, item, *arguments):
     """Run a unit of work by the caller's code, where relative paths mean what they mean to the caller, or anywhere if there are none."""
     if code not in (None, _code()):
-        raise GaeError(f"the worker on {socket.gethostname()} has another gae, NumPy or librosa than this machine; install the same there")
+        raise GaeError(
+            f"the worker on {socket.gethostname()} has another gae, or other versions of {', '.join(PACKAGES)}, than this machine; "
+            "install the same there and start it again"
+        )
     if folder is not None:
         try:
             os.chdir(folder)
@@ -209,7 +215,7 @@ def _here(compute):
 @cache
 def _code():
     """Digest of what a result may depend on: on both sides it must be the same."""
-    return code_digest(sorted(file.stem for file in Path(__file__).parent.glob("*.py")), ("librosa", "numpy"))
+    return code_digest(sorted(file.stem for file in Path(__file__).parent.glob("*.py")), PACKAGES)
 
 
 @contextmanager

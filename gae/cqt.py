@@ -61,7 +61,7 @@ def analyse(sample_blocks, cqt):
     Analysis
         Valid inside the ``with`` block only.
     """
-    with tempfile.TemporaryFile() as spool:
+    with tempfile.TemporaryFile(buffering=0) as spool:  # what a buffer holds back fails when it is too late to say where
         n_frames, peak = 0, 0.0
         for piece in magnitude_blocks(sample_blocks, cqt):
             _spool(piece, spool)
@@ -79,9 +79,10 @@ def analyse(sample_blocks, cqt):
 
 
 def _spool(piece, file):
+    rest = memoryview(piece.tobytes())
     try:
-        file.write(piece)
-        file.flush()
+        while rest:
+            rest = rest[file.write(rest) :]
     except OSError as error:  # a file without a name
         raise OSError(error.errno, error.strerror, f"{tempfile.gettempdir()} (or another folder, named by TMPDIR)") from None
 

@@ -167,7 +167,7 @@ def write(path, blocks, shape, origin, dtype="float32", times=None):
     Raises
     ------
     FormatError
-        If the suffix or the type is none of these, or a value is NaN or infinite.
+        If the suffix or the type is none of these, a value is NaN or infinite, or the times are not one a frame, in order.
 
     Notes
     -----
@@ -181,6 +181,8 @@ def write(path, blocks, shape, origin, dtype="float32", times=None):
     if dtype not in ("float32", "float16"):
         raise FormatError(f"{path}: features are stored as float32 or float16, not as {dtype}")
     times = frame_times(shape[0], origin.cqt) if times is None else np.asarray(times, np.float64)
+    if times.shape != (shape[0],) or not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+        raise FormatError(f"{path}: not written, {times.size} times for {shape[0]} frames; give one a frame, in order")
     writers = {".h5": _write_h5, ".npz": _write_npz, ".csv": _write_csv}
     with replacing(path) as partial:
         writers[path.suffix.lower()](partial, _checked(blocks, shape, path), shape, times, origin, np.dtype(dtype))

@@ -7,6 +7,7 @@ import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+PACKAGES = ("librosa", "numpy", "python-stretch", "soundfile", "soxr")  # that decide what becomes of audio
 _PARTIAL = ".partial"
 
 

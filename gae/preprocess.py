@@ -12,10 +12,9 @@ from gae.commandline import warn
 from gae.compute import by_place, map_tracks
 from gae.cqt import analyse
 from gae.errors import AudioError, FormatError, ListError, StorageError
-from gae.files import code_digest, content_hash, digest, sweep
+from gae.files import PACKAGES, code_digest, content_hash, digest, sweep
 from gae.index import read_index
 
-_PACKAGES = ("librosa", "numpy", "python-stretch", "soundfile", "soxr")  # that decide what frames a file has
 _WAITING = re.compile(r"/([0-9a-f]{32})-([0-9]+)\.h5$")  # a track at a URL: its key, and what must be known of it beforehand
 
 
@@ -139,7 +138,7 @@ def compute_track(file, cqt, dtype, place):
 @cache
 def _code():
     """Digest of all that decides a track's frames but the file and the parameters."""
-    return code_digest(("audio", "cqt"), _PACKAGES)
+    return code_digest(["audio", "cqt"], PACKAGES)
 
 
 def _samples(file, path, sample_rate):

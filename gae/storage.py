@@ -58,7 +58,7 @@ def matching(pattern):
 def stamp(path):
     """What changes when the file does, without opening it: a list of numbers and texts."""
     if not is_url(path):
-        with suppress(FileNotFoundError):  # whoever opens it tells
+        with suppress(OSError):  # whoever opens it tells
             status = os.stat(path)
             return [status.st_size, status.st_mtime_ns]
         return []

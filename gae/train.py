@@ -24,6 +24,7 @@ from tqdm import tqdm
 from gae import plot
 from gae.batches import Excerpts, long_enough, n_frames_before
 from gae.checkpoints import Checkpoints
+from gae.commandline import explained
 from gae.compute import give_back_memory, keep_memory
 from gae.cqt import transpose
 from gae.errors import GaeError, TrainingError, reason
@@ -42,7 +43,7 @@ _RUNTIME = {"accelerator", "devices", "nodes", "checkpoint_seconds"}  # paramete
 
 
 def train(params, shards_folder, model_path, metrics_path, curves, drawings, checkpoints):
-    """Train a model, going on from the last checkpoint of the same parameters and data.
+    """Train a model, going on from the last checkpoint of the same parameters, data and code.
 
     Parameters
     ----------
@@ -116,8 +117,8 @@ def _alone(fabric, checkpoints):
         if fabric.is_global_zero:
             try:
                 held.enter_context(alone(checkpoints))
-            except GaeError as error:
-                refusal = str(error)
+            except (GaeError, OSError) as error:
+                refusal = explained(error)
         if refusal := fabric.broadcast(refusal):
             raise GaeError(refusal) if fabric.is_global_zero else SystemExit(1)  # one line is enough
         yield
@@ -177,8 +178,9 @@ class Run:
         self.step, self.history, self.seconds = 0, [], 0.0
         self.best_score, self.best_error, self.best_step, self.fruitless = -1.0, 0.0, 0, 0
         self._window = []
-        code = code_digest(["batches", "cqt", "model", "muon", "train"], ["torch"])
-        recipe = [params.model.model_dump(), recipe_of(params.train), self.data, code]
+        code = code_digest(["batches", "cqt", "measures", "model", "muon", "train"], ["numpy", "torch"])
+        frames = sorted({track.code for track in shards.tracks.values()})
+        recipe = [params.model.model_dump(), recipe_of(params.train), self.data, frames, code]
         modules = {"model": self.model, "average": self.average, "best": self.best}
         self.store = Checkpoints(checkpoints, digest(recipe), modules, optimisers, fabric)
         vars(self).update(self.store.resume() or {})
@@ -466,14 +468,15 @@ def split(lines, share):
     """Divide lines into (those to train on, those to validate on), by their content, whatever their order.
 
     Of five lines or more at least one is kept to validate on, if any share is; fewer are all trained on. A line that shares a
-    track with those to validate on is left out.
+    track with those to validate on is left out; if all do, all are trained on.
     """
     if not share or len(lines) < 5:
         return lines, []
     count = max(1, math.floor(share * len(lines)))
     held_out = sorted(lines, key=lambda line: digest(line[0].key))[:count]
     keys = {track.key for line in held_out for track in line}
-    return [line for line in lines if keys.isdisjoint(track.key for track in line)], held_out
+    training = [line for line in lines if keys.isdisjoint(track.key for track in line)]
+    return (training, held_out) if training else (lines, [])
 
 
 def optimisers_of(model, train):

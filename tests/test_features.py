@@ -298,6 +298,14 @@ def test_values_of_other_types_are_saved_as_float32_or_refused(tmp_path, values)
     assert np.array_equal(read(tmp_path / "song.h5").values, values)
 
 
+@pytest.mark.parametrize("times", [np.arange(39.0), np.zeros(40), np.full(40, np.nan), np.arange(40.0)[::-1]])
+@pytest.mark.parametrize("suffix", [".h5", ".npz", ".csv"])
+def test_times_that_are_not_one_a_frame_in_order_are_refused(tmp_path, values, times, suffix):
+    with pytest.raises(FormatError, match="give one a frame, in order"):
+        Features(values, times, ORIGIN).save(tmp_path / f"song{suffix}")
+    assert not any(tmp_path.iterdir())
+
+
 def test_features_are_shown_in_one_line(values):
     times = np.arange(40) * 0.032
     assert repr(Features(values, times, ORIGIN)) == "<Features of 'music/Für Elise.flac': 40 frames, 7 maps, 0.00 to 1.25 s>"

@@ -249,7 +249,7 @@ def test_what_changes_no_result_goes_on(shards, tmp_path, quiet, crash):
     assert learn(settings, shards, tmp_path / "a") == unbroken and done[0] == 50
 
 
-@pytest.mark.parametrize("change", ["frames", "dtype", "gain", "bins"])
+@pytest.mark.parametrize("change", ["frames", "dtype", "code", "gain", "bins"])
 def test_changed_data_start_afresh(shards, tmp_path, quiet, crash, change):
     frames = [[tiny.music(120 + 20 * line, line)] for line in range(N_LINES)]
     done = stopped(recipe(), shards, tmp_path, crash)
@@ -258,6 +258,8 @@ def test_changed_data_start_afresh(shards, tmp_path, quiet, crash, change):
         frames[3] = [tiny.music(180, 77)]
     elif change == "dtype":
         how = {"dtype": "float16"}
+    elif change == "code":
+        how = {"code": "c" * 64}
     elif change == "gain":
         how = {"cqt": tiny.CQT.model_copy(update={"gain": 20.0})}
     else:
@@ -539,6 +541,11 @@ def test_no_content_is_on_both_sides_of_the_split():
         lines = lines_of(*(f"a{n} b{n}" for n in range(10)), f"b{number % 10} c", f"a{number % 10}", f"d b{number % 10}")
         training, validation = split(lines, 0.3)
         assert validation and training and keys_of(training).isdisjoint(keys_of(validation))
+
+
+def test_lines_that_all_share_a_track_are_all_trained_on():
+    lines = lines_of(*(f"take{number} score" for number in range(5)))
+    assert split(lines, 0.1) == (lines, [])
 
 
 def test_training_never_sees_the_tracks_to_validate_on(shards, tmp_path, quiet, monkeypatch):
