@@ -36,7 +36,7 @@ SAME, SAID = "ended in the same bytes", "said in one line what to do"
 _PARALLEL = ("corpus", "index", "preprocess", "convert", "evaluate", "plot")  # stages with worker processes
 _PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 _OWN = {"index": ["data/.index-memory.json"], "preprocess": ["data/.staging"], "train": ["models/.checkpoints"]}  # kept from DVC
-_SPEEDS = re.compile(rb'"(frames_per_second|times_real_time|conversion_times_real_time)": [\d.e+]+')
+_SPEEDS = re.compile(rb'"(frames_per_second|times_real_time|conversion_times_real_time)": [\d.e+]+|[\d.]+ times real time')
 _PATIENCE = 300  # s after which a process hangs
 _TRACKS = {"a": 220, "b": 330, "c": 440, "d": 550, "e": 660, "f": 770, "g": 880}
 
