@@ -8,7 +8,6 @@ Repeat signs, ornaments and grace notes are not played.
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
