@@ -519,7 +519,8 @@ def keys_of(lines):
 
 
 @pytest.mark.parametrize(
-    ("n", "share", "count"), [(4, 0.5, 0), (5, 0.1, 1), (5, 0.2, 1), (10, 0.1, 1), (15, 0.1, 1), (10, 0, 0), (20, 0.1, 2), (39, 0.1, 3), (100, 0.5, 50)]
+    ("n", "share", "count"),
+    [(4, 0.5, 0), (5, 0.1, 1), (5, 0.2, 1), (10, 0.1, 1), (15, 0.1, 1), (10, 0, 0), (20, 0.1, 2), (39, 0.1, 3), (100, 0.5, 50)],
 )
 def test_the_split_is_disjoint_and_as_large_as_asked(n, share, count):
     lines = lines_of(*(f"track{number} view{number}" for number in range(n)))
