@@ -14,7 +14,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -56,10 +56,8 @@ def map_tracks(function, items, compute, label, arguments=()):
     if not items:
         return []
     reports = [None] * len(items)
-    folder = None if is_url(compute.staging) else os.getcwd()
-    code = None if _here(compute) else _code()
-    with executor(compute) as pool:
-        futures = {pool.submit(_at, folder, code, function, item, *arguments): n for n, item in enumerate(items)}
+    with submitting(compute) as submit:
+        futures = {submit(function, item, *arguments): n for n, item in enumerate(items)}
         for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
             reports[futures.pop(future)] = future.result()
     return reports
@@ -93,8 +91,10 @@ def beside_files(compute):
 
 
 @contextmanager
-def executor(compute):
-    """Yield a `concurrent.futures.Executor`: processes of this machine, or a Dask cluster's.
+def submitting(compute):
+    """Yield ``submit(function, *arguments)``, which starts a unit of work and returns its `concurrent.futures.Future`.
+
+    Relative paths mean there what they mean here, and a worker that sees other files or has other code refuses.
 
     Parameters
     ----------
@@ -105,6 +105,15 @@ def executor(compute):
     GaeError
         As `map_tracks`.
     """
+    folder = None if is_url(compute.staging) else os.getcwd()
+    code = None if _here(compute) else _code()
+    with _executor(compute) as pool:
+        yield partial(pool.submit, _at, folder, code)
+
+
+@contextmanager
+def _executor(compute):
+    """Yield a `concurrent.futures.Executor`: processes of this machine, or a Dask cluster's."""
     workers = compute.workers or n_cores()
     if not _here(compute):
         with _dask_client(compute, workers) as client:
@@ -190,7 +199,7 @@ def _end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _at(folder, code, function, item, *arguments):
+def _at(folder, code, function, *arguments):
     """Run a unit of work by the caller's code, where relative paths mean what they mean to the caller, or anywhere if there are none."""
     if code not in (None, _code()):
         raise GaeError(
@@ -205,7 +214,7 @@ def _at(folder, code, function, item, *arguments):
                 f"{folder}: not seen by the worker on {socket.gethostname()} ({error.strerror}); "
                 "share it, or name a URL in compute.staging (docs/scale.md)"
             ) from None
-    return function(item, *arguments)
+    return function(*arguments)
 
 
 def _here(compute):

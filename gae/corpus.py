@@ -25,7 +25,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from gae.compute import beside_files, executor, n_cores
+from gae.compute import beside_files, n_cores, submitting
 from gae.errors import ParamsError
 from gae.files import code_digest, content_hash, digest, read_json, write_json
 
@@ -698,14 +698,14 @@ def render_corpus(out, params, compute):
     """
     out, pieces, heldout, train = Path(out), catalogue(), [], []
     compute = beside_files(compute)
-    with executor(compute) as pool:
+    with submitting(compute) as submit:
         ahead = 2 * (compute.workers or n_cores())
-        reports = _in_order(pool, _jobs("heldout", _heldout_candidates(pieces, params.seed), out, params), ahead)
+        reports = _in_order(submit, _jobs("heldout", _heldout_candidates(pieces, params.seed), out, params), ahead)
         left_out = _gather(reports, heldout, heldout, params.heldout, lambda report: 1, "held-out pieces")
 
         works = {report["work"] for report in heldout}
         candidates = [piece for piece in _training_candidates(pieces, params.seed) if piece.work not in works]
-        reports = _in_order(pool, _jobs("train", [(piece, None) for piece in candidates], out, params), ahead)
+        reports = _in_order(submit, _jobs("train", [(piece, None) for piece in candidates], out, params), ahead)
         minutes = round(params.hours * 60, 3)
         left_out += _gather(reports, train, heldout, minutes, lambda report: report["duration_s"] / 60, "minutes of music")
     _keep_only(out, heldout + train)
@@ -741,12 +741,12 @@ def _jobs(split, candidates, out, params):
     return [(piece, split, lead, out / split / piece.id, params) for piece, lead in candidates]
 
 
-def _in_order(pool, jobs, ahead):
+def _in_order(submit, jobs, ahead):
     """Yield the reports of `render_piece` in the order of the jobs, with some more jobs under way."""
     waiting = deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(render_piece, *job))
+            waiting.append(submit(render_piece, *job))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -102,7 +102,7 @@ def settled(train):
     """The parameters with the precision that `auto` is here: bf16 where the processor has products for it, fp32 elsewhere."""
     if train.precision != "auto":
         return train
-    if train.accelerator != "cpu" and torch.cuda.is_available():
+    if _accelerator(train) == "cuda" and torch.cuda.is_available():
         quick = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         quick = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
@@ -132,7 +132,7 @@ def launch(train):
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     try:
         fabric = Fabric(
-            accelerator=train.accelerator if train.accelerator != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
+            accelerator=_accelerator(train),
             devices=train.devices,
             num_nodes=train.nodes,
             strategy="ddp" if world > 1 else "auto",
@@ -142,6 +142,13 @@ def launch(train):
         raise TrainingError(f"train.accelerator {train.accelerator}, train.devices {train.devices}: {reason(error)}") from None
     fabric.launch()
     return fabric
+
+
+def _accelerator(train):
+    """The kind of device that `auto` is here: CUDA where there is any, the processor elsewhere."""
+    if train.accelerator != "auto":
+        return train.accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Run:

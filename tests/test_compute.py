@@ -8,7 +8,7 @@ import time
 import dask
 import pytest
 
-from gae.compute import executor, map_tracks
+from gae.compute import map_tracks, submitting
 from gae.errors import GaeError
 from gae.params import Compute
 
@@ -45,7 +45,9 @@ def test_relative_paths_mean_what_they_mean_to_the_caller(cluster, tmp_path, mon
     (tmp_path / "music").mkdir()
     monkeypatch.chdir(tmp_path / "music")
     map_tracks(slow_copy, ["song"], Compute(scheduler=cluster[0]), "remote", (".",))
-    assert (tmp_path / "music" / "song.txt").read_text() == "song\n"
+    with submitting(Compute(scheduler=cluster[0])) as submit:
+        submit(slow_copy, "corpus", ".").result()
+    assert {file.name: file.read_text() for file in (tmp_path / "music").iterdir()} == {"song.txt": "song\n", "corpus.txt": "corpus\n"}
 
 
 def test_no_scheduler_is_one_line(monkeypatch):
@@ -58,8 +60,8 @@ def test_no_scheduler_is_one_line(monkeypatch):
 def test_a_killed_process_is_one_line():
     with pytest.raises(GaeError, match="a worker process was killed"):
         map_tracks(die, [1, 2], Compute(workers=2), "local")
-    with pytest.raises(GaeError, match="a worker process was killed"), executor(Compute(workers=1)) as pool:
-        pool.submit(die, 1).result()
+    with pytest.raises(GaeError, match="a worker process was killed"), submitting(Compute(workers=1)) as submit:
+        submit(die, 1).result()
 
 
 def test_a_cluster_of_this_machine_gives_what_processes_give(tmp_path):
