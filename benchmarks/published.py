@@ -10,7 +10,8 @@ piano       the JKU Patterns Development Database (T. Collins, 2013: its .mid an
 wesnoth, hyperrogue, warzone2100, singularity
             one minute each of up to 24 pieces of the music of a game (Debian's packages wesnoth-1.16-music, hyperrogue-music,
             warzone2100-music, singularity-music), as it is and shifted by Rubber Band (rubberband-cli)
-corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not
+corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not, and the error with
+            which transposed frames are rebuilt
 
 Sets whose material or tools are missing are left out. The published weights are ../shared/data/cgae_pretrained.npz; from the
 original's own repository (cgae-invar) `gae import-weights model.save --out FILE` makes a file for `--weights`. Beside the weights
@@ -36,7 +37,7 @@ import gae
 from gae import audio
 from gae.corpus import NOTE, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
 from gae.cqt import frames, transpose
-from gae.evaluate import TOLERANCES, heldout_file, heldout_pieces
+from gae.evaluate import TOLERANCES, heldout_file, heldout_pieces, reconstruction_error
 from gae.features import extract_frames
 from gae.measures import align, beats_within, invariance_top1, pool, stack
 from gae.modelfile import SHIPPED
@@ -52,7 +53,8 @@ RECORDINGS = {
 TEMPI = {"wtc2f20": 84, "sonata01-3": 192, "mazurka24-4": 138, "silverswan": 54, "sonata04-2": 120}  # quarter notes a minute
 FREE = Manner(rubato=0.15, jitter=0.015, dynamics=14.0, accents=8.0, slowing=0.5, held=(0.6, 1.05))
 SHIFTS = [k for k in range(-6, 7) if k]
-FRAMES, STACK, HOP = 100, 8, 2  # frames a track, frames stacked, frames pooled for alignment
+FRAMES, STACK = 100, 8  # frames a track, frames stacked
+HOP = 0.04  # s, about the hop of alignment
 TAKES = 3  # of each piece for the piano
 
 
@@ -179,13 +181,20 @@ def invariance(pairs, represent):
 
 def alignment(tasks, model, take):
     """Beats in percent within each tolerance when the rendering `take`, original or transposed, is aligned with the performance."""
-    shares = []
+    shares, n = [], max(1, round(HOP / model.cqt.frame_seconds))
+    hop, first = n * model.cqt.frame_seconds, (n - 1) / 2 * model.cqt.frame_seconds
     for task in tqdm(tasks, leave=False):
-        score, performance = (pool(features_of(task[name], model), HOP) for name in (take, "performance"))
-        hop, first = HOP * model.cqt.frame_seconds, (HOP - 1) / 2 * model.cqt.frame_seconds
+        score, performance = (pool(features_of(task[name], model), n) for name in (take, "performance"))
         times = align(score, performance).times(task["beats"]["score"], hop, first)
         shares.append(beats_within(times, task["beats"]["performance"], TOLERANCES.values()))
     return 100 * np.mean(shares, axis=0)
+
+
+def rebuilding(pairs, model, shift=12):
+    """Error in percent of the power with which frames are rebuilt, moved by up to `shift` bins."""
+    originals = [frames_of(original, model.cqt) for original, _, _ in tqdm(pairs, leave=False)]
+    errors = [reconstruction_error(frames, model.network, shift, np.random.default_rng(n)) for n, frames in enumerate(originals)]
+    return 100 * np.mean(errors)
 
 
 if __name__ == "__main__":
@@ -222,3 +231,7 @@ if __name__ == "__main__":
                 for take in ("transposed", "original"):
                     shares = " / ".join(f"{share:.1f}" for share in alignment(tasks, model, take))
                     print(f"{name:13} {len(tasks):3} scores, {take:10}  {label:20} beats {shares} %", flush=True)
+        if "corpus" in sets:
+            for label, model in models.items():
+                error = rebuilding(sets["corpus"], model)
+                print(f"corpus        {len(sets['corpus']):3} tracks  {label:20} rebuilt with an error of {error:.1f} %", flush=True)
