@@ -57,6 +57,7 @@ VARIATIONS = {
     "maps-128": ["model.n_maps=128"],
     "factors-128": ["model.n_factors=128"],
     "factors-512": ["model.n_factors=512"],
+    "hidden-256": ["model.n_hidden=256"],
     "hop-896": ["cqt.hop_length=896"],
 }
 

@@ -17,7 +17,7 @@ from gae.errors import FormatError, reason
 from gae.files import content_hash
 
 SCHEMA = 1
-SHIPPED = ("pretrained", "pretrained-invertible")  # names of weights that are shipped; models/pretrained.md
+SHIPPED = ("pretrained", "pretrained-fast")  # names of weights that are shipped; models/pretrained.md
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def load_model(path: str | Path | None = None) -> Model:
     ----------
     path : str or Path, optional
         A .safetensors file that `gae` wrote, or the name of weights that are shipped: "pretrained", the default, or
-        "pretrained-invertible", which rebuild frames better and find fewer.
+        "pretrained-fast", half as many features for half of the work.
 
     Returns
     -------
