@@ -1,6 +1,6 @@
 """What an archive costs, on paper: core-hours and storage from what one core does with some minutes of FLAC here.
 
-    python benchmarks/cost.py [--minutes 30]
+    python benchmarks/cost.py [--minutes 30] [--weights NAME]
 
 Prints the measured rates and the table of docs/scale.md.
 """
@@ -16,10 +16,10 @@ from gae import audio, params
 from gae.compute import keep_memory
 from gae.convert import convert_track
 from gae.index import examine
-from gae.modelfile import load_model
+from gae.modelfile import SHIPPED, load_model
 from gae.preprocess import compute_track, shifted_views
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "models/pretrained.safetensors"
+MODELS = Path(__file__).resolve().parents[1] / "models"
 ARCHIVES = {  # tracks, minutes each
     "1,000 hours": (15_000, 4.0),
     "archive of 100,000 tracks": (100_000, 4.0),
@@ -28,26 +28,27 @@ ARCHIVES = {  # tracks, minutes each
 SHIFTED = "a shifted view"  # which a track gets that is trained on
 POOL = 4  # frames averaged into one, where features are kept pooled
 ENTRY = 300  # bytes of a track in data/index.json, about
+TRACK = 180  # s, the tracks that are measured
 
 
-def measure(minutes, folder):
+def measure(minutes, folder, name=SHIPPED[0]):
     """Seconds of one core that each stage takes for an hour of music, and bytes that it leaves, by stage."""
-    values = params.Params()
-    music = write_music(folder / "music", max(2, round(minutes / 3)), 180, 44100, "flac", 2)
-    hours = len(music) * 180 / 3600
-    model, found = load_model(WEIGHTS), []
+    values, weights = params.Params(), MODELS / f"{name}.safetensors"
+    music = write_music(folder / "music", max(2, round(60 * minutes / TRACK)), TRACK, 44100, "flac", 2)
+    hours = len(music) * TRACK / 3600
+    model, found = load_model(weights), []
     seconds = {"index": 0.0, "preprocess": 0.0, SHIFTED: 0.0, "convert": 0.0}
     for path in music:
         seconds["index"] += timed(lambda path=path: found.append(examine(str(path))))
         key = found[-1]["sha256"][:32]
-        file = {"path": str(path), "key": key, "sha256": found[-1]["sha256"], "seconds": 180.0}
-        seconds["preprocess"] += timed(lambda file=file: compute_track(file, values.cqt, values.data.dtype, folder / "frames"))
+        file = {"path": str(path), "key": key, "sha256": found[-1]["sha256"], "seconds": float(TRACK)}
+        seconds["preprocess"] += timed(lambda file=file: compute_track(file, model.cqt, values.data.dtype, folder / "frames"))
         (moved,) = shifted_views([file], 1)
-        seconds[SHIFTED] += timed(lambda moved=moved: compute_track(moved, values.cqt, values.data.dtype, folder / "shifted"))
+        seconds[SHIFTED] += timed(lambda moved=moved: compute_track(moved, model.cqt, values.data.dtype, folder / "shifted"))
         job = {"source": str(path), "sha256": file["sha256"], "file": f"{key}.h5"}
-        job |= {"key": key, "shard": str(folder / f"frames/{key}.h5"), "n_frames": 0}
+        job |= {"key": key, "shard": str(folder / f"frames/{key}.h5"), "n_frames": 0, "made_by": ""}
         seconds["convert"] += timed(
-            lambda job=job: convert_track(job, str(WEIGHTS), model.sha256, str(folder / "features"), values.convert.dtype)
+            lambda job=job: convert_track(job, str(weights), model.sha256, str(folder / "features"), values.convert.dtype)
         )
     sizes = {name: sum(file.stat().st_size for file in (folder / name).glob("*")) / hours for name in ("music", "frames", "features")}
     return {stage: taken / hours for stage, taken in seconds.items()}, sizes
@@ -93,11 +94,12 @@ def table(seconds, sizes):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--weights", default=SHIPPED[0], choices=SHIPPED)
+    given = parser.parse_args()
     keep_memory()
     warm_up()
     with tempfile.TemporaryDirectory() as folder:
-        seconds, sizes = measure(minutes, Path(folder))
+        seconds, sizes = measure(given.minutes, Path(folder), given.weights)
     for stage, taken in seconds.items():
         print(f"{stage:14} {taken:6.2f} s of a core for an hour of 44.1 kHz stereo FLAC, {3600 / taken:6.0f} times real time")
     for name, size in sizes.items():

@@ -65,7 +65,7 @@ def load_model(path: str | Path | None = None) -> Model:
     ----------
     path : str or Path, optional
         A .safetensors file that `gae` wrote, or the name of weights that are shipped: "pretrained", the default, or
-        "pretrained-fast", half as many features for half of the work.
+        "pretrained-fast", with half as many features.
 
     Returns
     -------
