@@ -19,7 +19,6 @@ from gae.index import examine
 from gae.modelfile import SHIPPED, load_model
 from gae.preprocess import compute_track, shifted_views
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 ARCHIVES = {  # tracks, minutes each
     "1,000 hours": (15_000, 4.0),
     "archive of 100,000 tracks": (100_000, 4.0),
@@ -31,9 +30,9 @@ ENTRY = 300  # bytes of a track in data/index.json, about
 TRACK = 180  # s, the tracks that are measured
 
 
-def measure(minutes, folder, name=SHIPPED[0]):
+def measure(minutes, folder, weights=SHIPPED[0]):
     """Seconds of one core that each stage takes for an hour of music, and bytes that it leaves, by stage."""
-    values, weights = params.Params(), MODELS / f"{name}.safetensors"
+    data, convert = params.Data(), params.Convert()
     music = write_music(folder / "music", max(2, round(60 * minutes / TRACK)), TRACK, 44100, "flac", 2)
     hours = len(music) * TRACK / 3600
     model, found = load_model(weights), []
@@ -42,14 +41,12 @@ def measure(minutes, folder, name=SHIPPED[0]):
         seconds["index"] += timed(lambda path=path: found.append(examine(str(path))))
         key = found[-1]["sha256"][:32]
         file = {"path": str(path), "key": key, "sha256": found[-1]["sha256"], "seconds": float(TRACK)}
-        seconds["preprocess"] += timed(lambda file=file: compute_track(file, model.cqt, values.data.dtype, folder / "frames"))
+        seconds["preprocess"] += timed(lambda file=file: compute_track(file, model.cqt, data.dtype, folder / "frames"))
         (moved,) = shifted_views([file], 1)
-        seconds[SHIFTED] += timed(lambda moved=moved: compute_track(moved, model.cqt, values.data.dtype, folder / "shifted"))
+        seconds[SHIFTED] += timed(lambda moved=moved: compute_track(moved, model.cqt, data.dtype, folder / "shifted"))
         job = {"source": str(path), "sha256": file["sha256"], "file": f"{key}.h5"}
         job |= {"key": key, "shard": str(folder / f"frames/{key}.h5"), "n_frames": 0, "made_by": ""}
-        seconds["convert"] += timed(
-            lambda job=job: convert_track(job, str(weights), model.sha256, str(folder / "features"), values.convert.dtype)
-        )
+        seconds["convert"] += timed(lambda job=job: convert_track(job, weights, model.sha256, str(folder / "features"), convert.dtype))
     sizes = {name: sum(file.stat().st_size for file in (folder / name).glob("*")) / hours for name in ("music", "frames", "features")}
     return {stage: taken / hours for stage, taken in seconds.items()}, sizes
 
