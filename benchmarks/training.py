@@ -153,7 +153,7 @@ if __name__ == "__main__":
     product = f"{precision} matrix product"
     same = params.validate(
         {
-            "model": {"context": 9, "dilation": 1},
+            "model": {"context": 9, "growth": 0},
             "train": {"objective": "reconstruction", "optimiser": "adam", "batch": 16, "block": 256, "stride": 1, "sparsity": 1e-5},
         }
     )

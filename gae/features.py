@@ -241,7 +241,7 @@ def _mapping(model):
     """The function from frames (reach + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
     weights, sizes = model.weights, model.sizes
     filters_x = np.zeros((sizes.n_factors, sizes.reach, weights["filters_y"].shape[1]), np.float32)
-    filters_x[:, :: sizes.dilation] = weights["filters_x"].reshape(sizes.n_factors, sizes.context, -1)
+    filters_x[:, sizes.reach - np.array(sizes.lags)] = weights["filters_x"].reshape(sizes.n_factors, sizes.context, -1)
     factors_x = _correlation(filters_x)
     filters_y = weights["filters_y"].T * np.float32(sizes.input_scale**2)  # both inputs are scaled, and multiplied
     map_1, bias_1 = weights["map_1.weight"].T, weights["map_1.bias"]

@@ -31,7 +31,7 @@ class GatedAutoencoder(nn.Module):
     n_bins : int
         Bins a frame.
     sizes : gae.params.Model
-        n_factors, n_hidden, n_maps, context, dilation, input_scale.
+        n_factors, n_hidden, n_maps, context, dilation, growth, input_scale.
 
     Attributes
     ----------
@@ -43,8 +43,9 @@ class GatedAutoencoder(nn.Module):
 
     Notes
     -----
-    Frame t (y) is set against `context` frames before it (x), every `dilation`-th of them from the last on, as far back as
-    `sizes.reach`. So sequences of x are `reach - 1` frames longer than those of y: y[i] goes with x[i : i + reach : dilation].
+    Frame t (y) is set against `context` frames before it (x), those that lie `sizes.lags` frames back: close together just before it,
+    further apart further back, up to `sizes.reach`. So sequences of x are `reach - 1` frames longer than those of y: y[i] goes with
+    x[i + reach - lag] for each lag.
     """
 
     def __init__(self, n_bins, sizes):
@@ -63,7 +64,7 @@ class GatedAutoencoder(nn.Module):
     def x_factors(self, x):
         """Filter responses to the contexts in a sequence: x (..., n_frames + reach - 1, n_bins) to (..., n_frames, n_factors)."""
         starts = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])[..., : 1 - self.sizes.reach or None]
-        within = torch.arange(0, self.sizes.reach, self.sizes.dilation, device=x.device)
+        within = self.sizes.reach - torch.tensor(self.sizes.lags, device=x.device)
         return self.responses(x.flatten(0, -2), starts[..., None] + within)
 
     def responses(self, frames, contexts):

@@ -3,6 +3,7 @@
 `load` validates the file as a whole, so that a mistake shows before any work is done.
 """
 
+import math
 import re
 import reprlib
 from collections import Counter
@@ -106,7 +107,8 @@ class Model(Section):
     n_hidden: int = Field(128, ge=1, le=16384, description="units of the lower mapping layer")
     n_maps: int = Field(64, ge=1, le=16384, description="units of the top mapping layer: the features")
     context: int = Field(21, ge=1, le=255, description="frames of context x before the frame y, odd; the original's is 9")
-    dilation: int = Field(2, ge=1, le=64, description="the context takes every n-th frame of the past; 1 is the original's")
+    dilation: int = Field(1, ge=1, le=64, description="frames from one frame of the context to the next, nearest to y; 1 is the original's")
+    growth: float = Field(0.2, ge=0, le=16, description="frames by which each such gap is wider than the one after it; 0 is the original's")
     input_scale: float = Field(10.0, gt=0, le=1000, description="factor on the frames; 1 is the original's, 10 leaves the plateau early")
 
     @model_validator(mode="after")
@@ -117,13 +119,14 @@ class Model(Section):
 
     @property
     def lags(self):
-        """How many frames before y each frame of the context lies, the earliest first: range of length `context`, down to 1."""
-        return range(self.reach, 0, -self.dilation)
+        """How many frames before y each frame of the context lies, the earliest first: list of int of length `context`, down to 1."""
+        exact = (1 + self.dilation * i + self.growth * i * (i - 1) / 2 for i in reversed(range(self.context)))
+        return [math.floor(lag + 0.5) for lag in exact]
 
     @property
     def reach(self):
         """How many frames before y the earliest of the context lies."""
-        return 1 + self.dilation * (self.context - 1)
+        return self.lags[0]
 
 
 class Train(Section):
@@ -235,7 +238,8 @@ class Params(Section):
         if self.train.block <= self.model.reach:
             raise ValueError(
                 f"train.block: got {self.train.block} frames, allowed: more than the {self.model.reach} frames "
-                f"that model.context {self.model.context} with model.dilation {self.model.dilation} reaches back"
+                f"that model.context {self.model.context} with model.dilation {self.model.dilation} "
+                f"and model.growth {self.model.growth:g} reaches back"
             )
         return self
 

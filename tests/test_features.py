@@ -17,7 +17,7 @@ from gae.features import Features, Origin, extract_blocks, extract_frames, read,
 ORIGIN = Origin(tiny.CQT, "music/Für Elise.flac", "b" * 64, "a" * 64)
 
 
-def by_the_formula(frames, model):
+def by_the_formula(frames, model, lags):
     """Frame by frame, filter by filter, in float64."""
     w = {name: array.astype(np.float64) for name, array in model.weights.items()}
     w["filters_x"] = w["filters_x"].reshape(model.sizes.n_factors, model.sizes.context, -1)
@@ -25,7 +25,7 @@ def by_the_formula(frames, model):
     for t in range(len(frames)):
         factors = np.zeros(model.sizes.n_factors)
         for f in range(model.sizes.n_factors):
-            x = sum(w["filters_x"][f, k] @ frames[max(0, t - lag)] for k, lag in enumerate((9, 7, 5, 3, 1)))
+            x = sum(w["filters_x"][f, k] @ frames[max(0, t - lag)] for k, lag in enumerate(lags))
             factors[f] = model.sizes.input_scale * x * model.sizes.input_scale * (w["filters_y"][f] @ frames[t])
         hidden = np.tanh(w["map_1.weight"] @ factors + w["map_1.bias"])
         values.append(np.tanh(w["map_2.weight"] @ hidden + w["map_2.bias"]))
@@ -42,9 +42,12 @@ def values():
     return extract_frames(tiny.frames(40), tiny.model())
 
 
-def test_features_follow_the_formula():
-    frames = tiny.frames(30)
-    assert np.abs(extract_frames(frames, tiny.model()) - by_the_formula(frames, tiny.model())).max() < 1e-5
+@pytest.mark.parametrize(
+    ("gaps", "lags"), [({"dilation": 2, "growth": 0}, (9, 7, 5, 3, 1)), ({"dilation": 1, "growth": 1}, (11, 7, 4, 2, 1))]
+)
+def test_features_follow_the_formula(gaps, lags):
+    frames, model = tiny.frames(30), tiny.model(sizes=tiny.SIZES.model_copy(update=gaps))
+    assert np.abs(extract_frames(frames, model) - by_the_formula(frames, model, lags)).max() < 1e-5
 
 
 def test_features_equal_the_networks_mapping():

@@ -108,6 +108,13 @@ def test_a_context_may_lie_anywhere(network):
     assert torch.allclose(network.responses(x.flatten(0, 1), rows), network.x_factors(together).view(4, 2, -1), atol=1e-5)
 
 
+def test_a_context_is_closer_together_just_before_its_frame():
+    network = GatedAutoencoder(BINS, SIZES.model_copy(update={"dilation": 1, "growth": 1}))
+    x, filters = torch.randn(14, BINS), network.filters_x.view(SIZES.n_factors, CONTEXT, BINS)
+    expected = SIZES.input_scale * torch.stack([torch.einsum("fkb,kb->f", filters, x[[t, t + 4, t + 7, t + 9, t + 10]]) for t in range(4)])
+    assert torch.allclose(network.x_factors(x), expected, atol=1e-4)
+
+
 def test_contexts_are_copied_piece_by_piece_and_learnt_from_all_the_same(network, monkeypatch):
     x, _ = excerpts()
     frames, rng = x.flatten(0, 1), np.random.default_rng(0)
@@ -401,13 +408,14 @@ def test_what_breaks_the_contract_is_refused(saved, change):
     refuse(saved)
 
 
-def test_a_file_from_before_dilation_takes_every_frame(saved):
+@pytest.mark.parametrize(("unsaid", "taken"), [(["growth"], {"growth": 0}), (["dilation", "growth"], {"dilation": 1, "growth": 0})])
+def test_an_older_file_has_the_context_of_its_time(saved, unsaid, taken):
     header, data = parts(saved)
     facts = json.loads(header["__metadata__"]["gae"])
-    del facts["model"]["dilation"]
+    facts["model"] = {key: value for key, value in facts["model"].items() if key not in unsaid}
     header["__metadata__"]["gae"] = json.dumps(facts)
     rewrite(saved, header, data)
-    assert load_model(saved).sizes == SIZES.model_copy(update={"dilation": 1})
+    assert load_model(saved).sizes == SIZES.model_copy(update=taken)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", "[" * 100_000])

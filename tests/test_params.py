@@ -1,6 +1,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -81,11 +82,11 @@ def test_what_is_read_cannot_be_changed(load):
         ("cqt: {n_bins: 180}", "cqt.fmin", "below half of cqt.sample_rate"),
         ("cqt: {n_bins: 2000, bins_per_octave: 1}", "cqt.fmin", "below half of cqt.sample_rate"),
         (
-            "{train: {block: 9}, model: {context: 9}}",
+            "{train: {block: 9}, model: {context: 9, dilation: 2, growth: 0.1}}",
             "train.block",
-            "more than the 17 frames that model.context 9 with model.dilation 2 reaches back",
+            "more than the 20 frames that model.context 9 with model.dilation 2 and model.growth 0.1 reaches back",
         ),
-        ("{model: {context: 255, dilation: 1}, train: {block: 200}}", "train.block", "more than the 255 frames"),
+        ("{model: {context: 255, growth: 0}, train: {block: 200}}", "train.block", "more than the 255 frames"),
         ("model: {dilation: 0}", "model.dilation", ">= 1"),
         ("train: {batch: 16, devices: 3}", "train.batch", "a multiple of train.devices x train.nodes (3)"),
         ("model: {width: 3}", "model.width", "n_factors, n_hidden, n_maps"),
@@ -103,9 +104,20 @@ def test_a_mistake_is_one_line_with_the_dotted_key_and_what_is_allowed(refuse, t
     assert f"{key}: " in message and allowed in message
 
 
+def test_lags_of_the_context():
+    def lags(**model):
+        return params.Model(**model).lags
+
+    assert lags(context=5, growth=0) == [5, 4, 3, 2, 1]  # the original's: every frame just before y
+    assert lags(context=5, dilation=2, growth=0) == [9, 7, 5, 3, 1]
+    assert lags(context=5, growth=1) == [11, 7, 4, 2, 1]
+    gaps = -np.diff(lags())
+    assert len(lags()) == 21 and lags()[-1] == 1 and min(gaps) >= 1 and max(gaps) == gaps[0] == 5
+
+
 def test_the_limits_themselves_are_allowed(load):
-    assert load("{train: {block: 10}, model: {context: 9, dilation: 1}}").train.block == 10
-    assert load("{train: {block: 18}, model: {context: 9, dilation: 2}}").train.block == 18
+    assert load("{train: {block: 10}, model: {context: 9, growth: 0}}").train.block == 10
+    assert load("{train: {block: 18}, model: {context: 9, dilation: 2, growth: 0}}").train.block == 18
     assert load("cqt: {sample_rate: 4000, fmin: 1000, n_bins: 11, bins_per_octave: 12}").cqt.n_bins == 11
     with pytest.raises(ParamsError, match=r"cqt\.fmin"):
         load("cqt: {sample_rate: 4000, fmin: 1000, n_bins: 12, bins_per_octave: 12}")
