@@ -43,13 +43,14 @@ VARIATIONS = {
     "constant-rate": ["train.schedule=constant"],
     "no-averaging": ["train.averaging=0"],
     "dropout-0.5": ["train.dropout=0.5"],
+    "human-0": ["corpus.human=0"],
     "no-views": ["train.view_share=0"],
     "stretch-0": ["train.stretch=0"],
     "stretch-0.5": ["train.stretch=0.5"],
     "shift-6": ["train.shift=6"],
     "shift-24": ["train.shift=24"],
-    "context-9-of-9": ["model.context=9", "model.growth=0"],  # the original's
-    "context-21-of-21": ["model.growth=0"],
+    "context-9-of-9": ["model.context=9", "model.dilation=1", "model.growth=0"],  # the original's
+    "context-21-of-21": ["model.dilation=1", "model.growth=0"],
     "context-21-of-41": ["model.dilation=2", "model.growth=0"],
     "context-21-of-61": ["model.dilation=3", "model.growth=0"],
     "growth-0.1": ["model.growth=0.1"],

@@ -1,12 +1,16 @@
 """The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
 
-    python benchmarks/published.py [--weights FILE_OR_NAME ...] [--soundfont FILE.sf2] [--jkupdd FOLDER] [--corpus data/corpus]
+    python benchmarks/published.py [--weights FILE_OR_NAME ...] [--soundfont FILE.sf2] [--jkupdd FOLDER] [--performances FOLDER]
+                                   [--corpus data/corpus]
 
 piano       the JKU Patterns Development Database (T. Collins, 2013: its .mid and -poly.csv files in one folder, by default
             ../shared/data/jkupdd) played with a SoundFont of your choice (Debian's fluid-soundfont-gm has one), human-like in
             time and loudness, as written and transposed by -6 to 6 semitones;
             also alignment of a rendering at a steady tempo with a freely timed performance on another piano, pedal down;
             each piece is there in three takes that differ in little but tempo, so once more with one take of each (piano, 1 take)
+performed   human performances on the piano, pedal and all, minutes of them played with the same SoundFont, as they are and transposed: ten
+            of MAESTRO (C. Hawthorne et al., 2019), which lie in the source archive of MidiTok (`pip download --no-deps --no-binary :all:
+            miditok==3.1.0`, its folder tests/MIDIs_one_track)
 wesnoth, hyperrogue, warzone2100, singularity
             one minute each of up to 24 pieces of the music of a game (Debian's packages wesnoth-1.16-music, hyperrogue-music,
             warzone2100-music, singularity-music), as it is and shifted by Rubber Band (rubberband-cli)
@@ -35,7 +39,7 @@ from tqdm import tqdm
 
 import gae
 from gae import audio
-from gae.corpus import NOTE, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
+from gae.corpus import COMPASS, NOTE, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
 from gae.cqt import frames, transpose
 from gae.evaluate import TOLERANCES, heldout_file, heldout_pieces, reconstruction_error
 from gae.features import extract_frames
@@ -86,6 +90,38 @@ def piano_pairs(jkupdd, soundfont, folder):
                 rendered[-1].write_bytes(wave)
             pairs.append((*rendered, k))
     return pairs
+
+
+def performed_pairs(midi, soundfont, folder):
+    """Renderings of up to three minutes of each of MAESTRO's performances in a folder: a list of (original, transposed, semitones)."""
+    import midirenderer
+
+    pairs = []
+    for path in sorted(Path(midi).glob("Maestro_*.mid")):
+        played = pretty_midi.PrettyMIDI(str(path))
+        count = min(3, 1 + int(played.get_end_time() // 240))
+        for number in range(count):
+            start = played.get_end_time() * (number + 0.5) / count - 30
+            k, rendered = int(np.random.default_rng(len(pairs)).choice(SHIFTS)), []
+            for shift in (0, k):
+                wave = midirenderer.render_wave_from(Path(soundfont).read_bytes(), minute_from(start, played.instruments[0], shift))
+                rendered.append(folder / f"{path.stem}-{number}-{shift}.wav")
+                rendered[-1].write_bytes(wave)
+            pairs.append((*rendered, k))
+    return pairs
+
+
+def minute_from(start, part, shift):
+    """Notes and pedal of a minute of a part, transposed, as the bytes of a MIDI file."""
+    piano = pretty_midi.Instrument(0)
+    notes = [note for note in part.notes if start <= note.start < start + 60 and COMPASS[0] < note.pitch + shift <= COMPASS[1]]
+    piano.notes = [pretty_midi.Note(note.velocity, note.pitch + shift, note.start - start, note.end - start) for note in notes]
+    pedal = [change for change in part.control_changes if change.number == 64 and start <= change.time < start + 60]
+    piano.control_changes = [pretty_midi.ControlChange(64, change.value, change.time - start) for change in pedal]
+    midi, file = pretty_midi.PrettyMIDI(), io.BytesIO()
+    midi.instruments.append(piano)
+    midi.write(file)
+    return file.getvalue()
 
 
 def piano_performances(jkupdd, soundfont, folder):
@@ -202,6 +238,7 @@ if __name__ == "__main__":
     parser.add_argument("--weights", nargs="+", default=SHIPPED, help="model files, or names of shipped weights (default: all of these)")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     parser.add_argument("--jkupdd", type=Path, default=SHARED / "jkupdd")
+    parser.add_argument("--performances", type=Path, help="a folder with MAESTRO's Maestro_*.mid")
     parser.add_argument("--corpus", default="data/corpus")
     given = parser.parse_args()
     models = {file: gae.load_model(file) for file in given.weights}
@@ -214,6 +251,8 @@ if __name__ == "__main__":
             sets["piano"] = piano_pairs(given.jkupdd, given.soundfont, Path(folder))
             sets["piano, 1 take"] = sets["piano"][::TAKES]
             performances["piano"] = piano_performances(given.jkupdd, given.soundfont, Path(folder))
+        if Path(given.soundfont).exists() and given.performances:
+            sets["performed"] = performed_pairs(given.performances, given.soundfont, Path(folder))
         for name, music in RECORDINGS.items():
             if Path(music).exists() and shutil.which("rubberband"):
                 sets[name] = recording_pairs(music, Path(folder))

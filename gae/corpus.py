@@ -1,7 +1,8 @@
 """The built-in demo music: scores that music21 ships, played with the SoundFont that pretty_midi ships.
 
 A score is read into notes; a seeded performance gives every note its time and its loudness; a synthesiser plays the
-performance in several takes. For training these are *views*: one performance in other sounds and keys, equal in timing.
+performance in several takes. For training these are *views*: one performance in other sounds and keys, equal in timing,
+some as a person would play it: freer in time, each view in a loudness of its own, with the pedal where sounds decay.
 For evaluation a piece is played as written, the same transposed, and once more as another player would in another sound.
 Repeat signs, ornaments and grace notes are not played.
 """
@@ -127,6 +128,7 @@ FAMILIES = {
     "synth": (79, 80, 81, 82, 83, 90, 94),
 }
 FAMILY_SHARES = {"piano": 4.0}  # 1 for the others
+DECAYING = [program for family in ("piano", "keyboard", "plucked") for program in FAMILIES[family]]
 
 # MIDI pitches that a sound plays in tune and in time, as measured
 COMPASS = (20, 108)
@@ -400,6 +402,42 @@ def perform(notes, tempo, manner, rng):
     return Performance(onsets, ends, loudness.clip(36, 118).round().astype(int), quarters, seconds)
 
 
+def by_hand(notes, played, programs, rng):
+    """The same onsets in another loudness, and with the pedal where sounds decay.
+
+    Parameters
+    ----------
+    notes : ndarray of NOTE, shape (n,)
+    played : Performance
+    programs : tuple of int
+        General MIDI programs from 0, one a part.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    Performance
+    """
+    level, course, accents = rng.uniform(55, 90), rng.uniform(3, 16), rng.uniform(3, 14)
+    if notes["part"].any():
+        balance = rng.normal(0, 8, _CHANNELS)[notes["part"]]
+    else:  # one hand louder than the other
+        balance = ((notes["pitch"] - 60) * rng.uniform(-0.2, 0.5)).clip(-15, 15)
+    loudness = level + balance + course * _wander(notes["onset"], rng) + accents * rng.standard_normal(len(notes))
+    decays = np.isin(np.array(programs)[notes["part"]], DECAYING)
+    ends = np.where(decays, _under_pedal(notes, played, rng), played.ends)
+    return replace(played, ends=ends, velocities=loudness.clip(20, 124).round().astype(int))
+
+
+def _under_pedal(notes, played, rng):
+    """When notes end if the pedal is changed every one, two or four quarters, just after the beat, and seldom left out: (n,) in s."""
+    span = float(rng.choice([1, 2, 2, 4]))
+    number = np.floor(notes["onset"] / span + 1e-6).astype(int)
+    down = rng.random(number.max() + 1) < 0.85
+    lifted = played.times(np.ceil(played.quarters_at(played.ends) / span - 1e-6) * span) + rng.uniform(0.02, 0.12)
+    lifted = np.minimum(lifted, played.ends.max())  # views are equally long
+    return np.where(down[number], np.maximum(played.ends, lifted), played.ends)
+
+
 def _wander(x, rng):
     """A smooth curve over x (quarter notes) of unit variance, with periods of a bar or two up to a section: float64 (n,)."""
     periods, phases = np.exp(rng.uniform(np.log(6), np.log(64), 4)), rng.random(4)
@@ -586,7 +624,7 @@ def _kept(folder, spec):
 
 def _spec(piece, split, lead, params):
     """Digest of all that decides how a piece sounds: this code and its packages among it."""
-    asked = [params.views, params.view_transposition] if split == "train" else []
+    asked = [params.views, params.view_transposition, params.human] if split == "train" else []
     return digest([asdict(piece), split, lead, params.seed, asked, code_digest(["corpus"], _PLAYERS)])
 
 
@@ -594,36 +632,38 @@ def _render(piece, split, lead, params):
     """Report on a piece, and its recordings as a dictionary of name to samples."""
     score = read_score(piece)
     rng = np.random.default_rng([params.seed, zlib.crc32(piece.id.encode())])
+    hand = rng.spawn(1)[0]  # draws of its own: what people do changes nothing else
     tempo = (score.tempo or rng.uniform(*piece.tempo)) * np.exp(0.05 * rng.standard_normal())
     score = score.until((_SECONDS[1] - 2 * _TAIL) * tempo / 60)
-    steady = perform(score.notes, tempo, STEADY, rng)
-    if steady.duration < _SECONDS[0]:
-        raise Unplayable(f"lasts {steady.duration:.0f} s only")
+    played = perform(score.notes, tempo, HUMAN if split == "train" and hand.random() < params.human else STEADY, rng)
+    if played.duration < _SECONDS[0]:
+        raise Unplayable(f"lasts {played.duration:.0f} s only")
     report = {
         **{name: getattr(piece, name) for name in ("id", "kind", "work", "source")},
-        **{"title": score.title, "composer": score.composer, "split": split, "duration_s": steady.duration},
+        **{"title": score.title, "composer": score.composer, "split": split, "duration_s": played.duration},
         "melodies": _melodies(score.notes),
     }
     if split == "train":
-        takes = _views(score, steady, params, rng)
+        takes = _views(score, played, params, rng, hand)
     else:
-        takes = _evaluation_takes(score, steady, tempo, lead, rng)
+        takes = _evaluation_takes(score, played, tempo, lead, rng)
         report["k"] = takes["transposed"].k
-        report["beats"] = _beat_times(score, steady, takes["performance"].performance)
+        report["beats"] = _beat_times(score, played, takes["performance"].performance)
     report["sounds"] = {name: _sounds(take) for name, take in takes.items()}
     return report, {name: synthesise(score.notes, take, take.performance.duration) for name, take in takes.items()}
 
 
-def _views(score, steady, params, rng):
-    """The takes of a training piece: one performance in other sounds, the first in the written key."""
+def _views(score, played, params, rng, hand):
+    """The takes of a training piece: one performance in other sounds, the first in the written key, a share of them by hand."""
     n, pitches = params.view_transposition, score.notes["pitch"]
     lowest, highest = max(-n, COMPASS[0] - pitches.min()), min(n, COMPASS[1] - pitches.max())
     shifts = [0, *rng.integers(lowest, highest + 1, params.views - 1).tolist()]
-    families = itertools.cycle(draw_families(score.notes, shifts, rng))
-    return {
-        str(number): Take(steady, draw_programs(family, score.notes, shifts, rng), k)
-        for number, (family, k) in enumerate(zip(families, shifts, strict=False), start=1)
-    }
+    families, takes = itertools.cycle(draw_families(score.notes, shifts, rng)), {}
+    for number, (family, k) in enumerate(zip(families, shifts, strict=False), start=1):
+        programs = draw_programs(family, score.notes, shifts, rng)
+        own = by_hand(score.notes, played, programs, hand) if hand.random() < params.human else played
+        takes[str(number)] = Take(own, programs, k)
+    return takes
 
 
 def _evaluation_takes(score, steady, tempo, lead, rng):

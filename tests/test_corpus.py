@@ -113,6 +113,32 @@ def test_a_human_performance_is_heard_when_it_says():
     assert tempi.std() > 3 and len(set(played.velocities.tolist())) > 5
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_by_hand_onsets_stay_and_the_pedal_holds_what_decays(seed):
+    notes = np.concatenate([score_of([60, 64, 67, 72] * 80, length=0.4), score_of([48, 43, 48, 36] * 80, length=0.4)])
+    piano, strings = np.split(np.arange(len(notes)), 2)
+    notes["part"][strings] = 1
+    played = corpus.perform(notes, 100, corpus.HUMAN, np.random.default_rng(0))
+    own = corpus.by_hand(notes, played, (0, 48), np.random.default_rng(seed))
+    assert np.array_equal(own.onsets, played.onsets) and own.duration == played.duration
+    assert len(set((own.velocities - played.velocities).tolist())) > 5
+    assert own.velocities.min() >= 20 and own.velocities.max() <= 124
+    held = own.ends - played.ends
+    assert (held >= 0).all() and not held[strings].any()  # these need no pedal
+    assert (held[piano] > 0.1).mean() > 0.5
+    assert len(np.unique(own.ends[piano][held[piano] > 0].round(6))) < 0.9 * (held[piano] > 0).sum()  # many end together
+
+
+def test_what_people_do_changes_neither_sounds_nor_keys(few_pieces, tmp_path):
+    reports = {}
+    for share in (0.0, 1.0):
+        settings = SMALL.model_copy(update={"human": share})
+        reports[share] = corpus.render_piece(few_pieces[0], "train", None, tmp_path / str(share), settings)
+        views = [listen(tmp_path / str(share) / f"{view}.flac") for view in (1, 2)]
+        assert len(views[0]) == len(views[1]) == round(reports[share]["duration_s"] * RATE)
+    assert reports[0.0]["sounds"] == reports[1.0]["sounds"] and reports[0.0]["files"] != reports[1.0]["files"]
+
+
 def test_a_score_is_read_as_written(few_pieces):
     piece = next(piece for piece in few_pieces if piece.id == "bach-bwv10.7")
     score = corpus.read_score(piece)
