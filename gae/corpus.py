@@ -3,6 +3,7 @@
 A score is read into notes; a seeded performance gives every note its time and its loudness; a synthesiser plays the
 performance in several takes. For training these are *views*: one performance in other sounds and keys, equal in timing,
 some as a person would play it: freer in time, each view in a loudness of its own, with the pedal where sounds decay.
+Some of the pieces are arranged: with outer parts in octaves, or in another register.
 For evaluation a piece is played as written, the same transposed, and once more as another player would in another sound.
 Repeat signs, ornaments and grace notes are not played.
 """
@@ -38,6 +39,7 @@ _SECONDS = (20.0, 210.0)  # shorter pieces are left out, longer ones end early
 _LEAD_IN, _TAIL = 0.25, 1.0  # s before the first note and after the last
 _PEAK = 0.8  # of full scale
 _RANGE = (27, 102)  # MIDI pitches that a score may hold
+_OUTWARDS, _REGISTERS = (0.3, 0.4, 0.3), (0.15, 0.55, 0.3)  # of arranged pieces: shares of what becomes of an outer part, and of all
 _CHANNELS = 15  # parts that sound at once: the 16 of MIDI without the drums
 # Of two unrelated chorales at most 0.3 of the phrases agree, of two harmonisations of one melody as a rule 0.35 to 1.
 _PHRASE, _ALIKE, _FEW = 8, 0.3, 20  # intervals in a phrase; that share; fewer phrases than these count as these
@@ -321,6 +323,45 @@ def _title(piece):
 def _composer(score):
     named = score.metadata.composer if score.metadata else None
     return named.splitlines()[0].strip() if named else "anonymous"
+
+
+def arrange(notes, rng):
+    """The notes as in a setting of wider range: outer parts doubled in octaves or moved outwards by one, all of it an octave up or down.
+
+    Vocal music keeps to the middle of the keyboard, where half of what a pianist plays does not lie.
+
+    Parameters
+    ----------
+    notes : ndarray of NOTE, shape (n,)
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    ndarray of NOTE, shape (m,)
+        By onset. What would lead beyond the pitches that a score may hold is left out.
+    """
+    heights = [notes["pitch"][notes["part"] == part].mean() for part in range(notes["part"].max() + 1)]
+    if len(heights) > 1:
+        for part, octave in ((np.argmin(heights), -12), (np.argmax(heights), 12)):
+            notes = _set_outwards(notes, part, octave, rng.choice(["as written", "doubled", "moved"], p=_OUTWARDS))
+    notes = _moved(notes, int(rng.choice([-12, 0, 12], p=_REGISTERS)))
+    return np.sort(notes, order=["onset", "part", "pitch"])
+
+
+def _set_outwards(notes, part, octave, how):
+    """The notes with those of a part an octave away, in the place of the part or besides it."""
+    own = notes["part"] == part
+    moved = _moved(notes[own], octave)
+    if how == "as written" or np.array_equal(moved, notes[own]):
+        return notes
+    return np.concatenate([notes if how == "doubled" else notes[~own], moved])
+
+
+def _moved(notes, semitones):
+    """The notes transposed if all stay among the pitches that a score may hold, and as they are if not."""
+    moved = notes.copy()
+    moved["pitch"] += semitones
+    return moved if _RANGE[0] <= moved["pitch"].min() and moved["pitch"].max() <= _RANGE[1] else notes
 
 
 # ---- notes to a performance
@@ -624,7 +665,7 @@ def _kept(folder, spec):
 
 def _spec(piece, split, lead, params):
     """Digest of all that decides how a piece sounds: this code and its packages among it."""
-    asked = [params.views, params.view_transposition, params.human] if split == "train" else []
+    asked = [params.views, params.view_transposition, params.human, params.arranged] if split == "train" else []
     return digest([asdict(piece), split, lead, params.seed, asked, code_digest(["corpus"], _PLAYERS)])
 
 
@@ -632,9 +673,11 @@ def _render(piece, split, lead, params):
     """Report on a piece, and its recordings as a dictionary of name to samples."""
     score = read_score(piece)
     rng = np.random.default_rng([params.seed, zlib.crc32(piece.id.encode())])
-    hand = rng.spawn(1)[0]  # draws of its own: what people do changes nothing else
+    hand, arranger = rng.spawn(2)  # draws of their own: what people do changes nothing else
     tempo = (score.tempo or rng.uniform(*piece.tempo)) * np.exp(0.05 * rng.standard_normal())
     score = score.until((_SECONDS[1] - 2 * _TAIL) * tempo / 60)
+    if split == "train" and arranger.random() < params.arranged:
+        score = replace(score, notes=arrange(score.notes, arranger))
     played = perform(score.notes, tempo, HUMAN if split == "train" and hand.random() < params.human else STEADY, rng)
     if played.duration < _SECONDS[0]:
         raise Unplayable(f"lasts {played.duration:.0f} s only")

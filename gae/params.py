@@ -45,6 +45,9 @@ class Corpus(Section):
     human: float = Field(
         0.6, ge=0, le=1, description="share of training pieces in a person's timing, of views in a person's loudness, with the pedal"
     )
+    arranged: float = Field(
+        0.7, ge=0, le=1, description="share of training pieces with outer parts in octaves or further out, or in another register"
+    )
     heldout: int = Field(12, ge=2, le=200, description="pieces held out for evaluation")
     seed: int = Field(1, ge=0, lt=2**32, description="seed of the choice of pieces, sounds, tempi and transpositions")
 

@@ -129,6 +129,40 @@ def test_by_hand_onsets_stay_and_the_pedal_holds_what_decays(seed):
     assert len(np.unique(own.ends[piano][held[piano] > 0].round(6))) < 0.9 * (held[piano] > 0).sum()  # many end together
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_an_arrangement_moves_notes_by_octaves_and_widens_the_range(seed):
+    notes = np.concatenate([score_of([60, 62, 64, 65] * 10), score_of([48, 50, 52, 53] * 10), score_of([55] * 40)])
+    notes["part"] = np.repeat([0, 1, 2], 40)
+    arranged = corpus.arrange(notes, np.random.default_rng(seed))
+    assert (np.diff(arranged["onset"]) >= 0).all() and set(arranged["part"]) == {0, 1, 2}
+    inner = arranged["pitch"][arranged["part"] == 2]
+    assert len(inner) == 40 and len(set(inner)) == 1 and inner[0] in (43, 55, 67)
+    for part, outwards in ((0, 12), (1, -12)):
+        written, own = notes[notes["part"] == part], arranged[arranged["part"] == part]
+        apart = (own["pitch"] - (inner[0] - 55)).reshape(40, -1) - written["pitch"][:, None]
+        assert np.unique(apart).tolist() in ([0], [outwards], sorted([0, outwards]))
+        assert np.array_equal(own["onset"].reshape(40, -1)[:, 0], written["onset"])
+
+
+def test_arrangements_differ_and_stay_within_what_a_score_may_hold():
+    notes = np.concatenate([score_of([101, 96] * 10), score_of([28, 40] * 10)])
+    notes["part"] = np.repeat([0, 1], 20)
+    assert all(
+        np.array_equal(corpus.arrange(notes, np.random.default_rng(seed)), np.sort(notes, order=["onset", "part"])) for seed in range(20)
+    )
+    tune = score_of([60, 64, 67] * 10)
+    assert {int(corpus.arrange(tune, np.random.default_rng(seed))["pitch"][0]) for seed in range(20)} == {48, 60, 72}
+
+
+def test_a_share_of_the_pieces_is_arranged(few_pieces, tmp_path):
+    def sounds(name, arranged, split):
+        settings = SMALL.model_copy(update={"arranged": arranged})
+        return corpus.render_piece(few_pieces[0], split, None, tmp_path / name, settings)["files"]
+
+    assert sounds("as-written", 0.0, "train") != sounds("arranged", 1.0, "train")
+    assert sounds("heldout-0", 0.0, "heldout") == sounds("heldout-1", 1.0, "heldout")
+
+
 def test_what_people_do_changes_neither_sounds_nor_keys(few_pieces, tmp_path):
     reports = {}
     for share in (0.0, 1.0):
