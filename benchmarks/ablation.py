@@ -44,6 +44,7 @@ VARIATIONS = {
     "no-averaging": ["train.averaging=0"],
     "dropout-0.5": ["train.dropout=0.5"],
     "human-0": ["corpus.human=0"],
+    "arranged-0": ["corpus.arranged=0"],
     "no-views": ["train.view_share=0"],
     "stretch-0": ["train.stretch=0"],
     "stretch-0.5": ["train.stretch=0.5"],
