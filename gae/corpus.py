@@ -238,7 +238,7 @@ def read_score(piece):
             raise
         except Exception as error:  # music21 raises whatever a malformed score leads to
             raise Unplayable(f"music21 can't read it ({type(error).__name__})") from error
-    notes = np.sort(np.array(notes, NOTE), order=["onset", "part", "pitch"])
+    notes = _struck_once(np.array(notes, NOTE))
     _check(notes)
     notes["part"] = _renumber(notes["part"]) % _CHANNELS
     begun = np.isin(beats.round(3), notes["onset"].round(3))
@@ -289,6 +289,13 @@ def _beats(part):
         upbeat = -float(measure.paddingLeft) % step
         beats.append(float(measure.offset) + np.arange(upbeat, float(measure.duration.quarterLength) - 1e-3, step))
     return np.concatenate(beats)
+
+
+def _struck_once(notes):
+    """The notes by onset; of equal pitches that begin together in one part only the longest: it has one key for them."""
+    notes = np.sort(notes, order=["onset", "part", "pitch", "length"])
+    differ = [notes[field][1:] != notes[field][:-1] for field in ("onset", "part", "pitch")]
+    return notes[np.append(np.any(differ, axis=0), True)]
 
 
 def _renumber(parts):
@@ -342,10 +349,11 @@ def arrange(notes, rng):
     """
     heights = [notes["pitch"][notes["part"] == part].mean() for part in range(notes["part"].max() + 1)]
     if len(heights) > 1:
-        for part, octave in ((np.argmin(heights), -12), (np.argmax(heights), 12)):
+        lowest, *_, highest = np.argsort(heights, kind="stable")
+        for part, octave in ((lowest, -12), (highest, 12)):
             notes = _set_outwards(notes, part, octave, rng.choice(["as written", "doubled", "moved"], p=_OUTWARDS))
     notes = _moved(notes, int(rng.choice([-12, 0, 12], p=_REGISTERS)))
-    return np.sort(notes, order=["onset", "part", "pitch"])
+    return _struck_once(notes)
 
 
 def _set_outwards(notes, part, octave, how):

@@ -144,6 +144,30 @@ def test_an_arrangement_moves_notes_by_octaves_and_widens_the_range(seed):
         assert np.array_equal(own["onset"].reshape(40, -1)[:, 0], written["onset"])
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_an_arrangement_strikes_each_key_once(seed):
+    notes = np.concatenate([score_of([60] * 20), score_of([72] * 20), score_of([60, 72] * 10), score_of([72, 60] * 10)])
+    notes["part"] = np.repeat([0, 1], 40)
+    arranged = corpus.arrange(notes, np.random.default_rng(seed))
+    assert len(np.unique(arranged[["onset", "part", "pitch"]])) == len(arranged)
+    assert len(set(arranged["part"])) == 2
+
+
+def test_voices_in_unison_sound(tmp_path, monkeypatch):
+    head = "X:1\nT:unison\nM:4/4\nL:1/4\nQ:1/4=90\nK:C\n"
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "unison.abc").write_text(head + "[CC]2 [EE]2|" * 12 + "\n")
+    monkeypatch.setattr(corpus, "_package", lambda name, found=corpus._package: tmp_path if name == "music21" else found(name))
+    score = corpus.read_score(corpus.Piece("unison", "tune", "unison", "nobody", "unison.abc", (90, 90)))
+    assert len(score.notes) == 24 and (np.diff(score.notes["onset"]) > 0).all()
+    played = corpus.perform(score.notes, 90, corpus.STEADY, np.random.default_rng(0))
+    samples = corpus.synthesise(score.notes, corpus.Take(played, (48,), 0), played.duration)
+    level = [
+        np.sqrt((samples[int((on + 0.3) * RATE) : int((end - 0.1) * RATE)] ** 2).mean()) for on, end in zip(played.onsets, played.ends)
+    ]
+    assert min(level) > 0.05
+
+
 def test_arrangements_differ_and_stay_within_what_a_score_may_hold():
     notes = np.concatenate([score_of([101, 96] * 10), score_of([28, 40] * 10)])
     notes["part"] = np.repeat([0, 1], 20)
