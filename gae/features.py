@@ -65,7 +65,7 @@ class Features:
     Attributes
     ----------
     values : ndarray, shape (n_frames, n_maps)
-        In (-1, 1). Row t relates frame t to the frames just before it; it never looks ahead.
+        In (-1, 1). Row t relates frame t to frames before it, the model's context; it never looks ahead.
     times : ndarray of float64, shape (n_frames,)
         Centre of each frame in s.
     origin : Origin
