@@ -46,7 +46,10 @@ class Corpus(Section):
         0.6, ge=0, le=1, description="share of training pieces in a person's timing, of views in a person's loudness, with the pedal"
     )
     arranged: float = Field(
-        0.7, ge=0, le=1, description="share of training pieces arranged, as their range allows: outer parts in octaves or further out, another register"
+        0.7,
+        ge=0,
+        le=1,
+        description="share of training pieces arranged, as their range allows: outer parts in octaves or further out, another register",
     )
     heldout: int = Field(12, ge=2, le=200, description="pieces held out for evaluation")
     seed: int = Field(1, ge=0, lt=2**32, description="seed of the choice of pieces, arrangements, performances, sounds and transpositions")

@@ -163,7 +163,8 @@ def test_voices_in_unison_sound(tmp_path, monkeypatch):
     played = corpus.perform(score.notes, 90, corpus.STEADY, np.random.default_rng(0))
     samples = corpus.synthesise(score.notes, corpus.Take(played, (48,), 0), played.duration)
     level = [
-        np.sqrt((samples[int((on + 0.3) * RATE) : int((end - 0.1) * RATE)] ** 2).mean()) for on, end in zip(played.onsets, played.ends)
+        np.sqrt((samples[int((on + 0.3) * RATE) : int((end - 0.1) * RATE)] ** 2).mean())
+        for on, end in zip(played.onsets, played.ends, strict=True)
     ]
     assert min(level) > 0.05
 
