@@ -238,9 +238,10 @@ def read_score(piece):
             raise
         except Exception as error:  # music21 raises whatever a malformed score leads to
             raise Unplayable(f"music21 can't read it ({type(error).__name__})") from error
-    notes = _struck_once(np.array(notes, NOTE))
+    notes = np.array(notes, NOTE)
     _check(notes)
     notes["part"] = _renumber(notes["part"]) % _CHANNELS
+    notes = _struck_once(notes)
     begun = np.isin(beats.round(3), notes["onset"].round(3))
     return Score(_title(piece), piece.composer or _composer(score), tempo, notes, beats[begun])
 
@@ -292,7 +293,7 @@ def _beats(part):
 
 
 def _struck_once(notes):
-    """The notes by onset; of equal pitches that begin together in one part only the longest: it has one key for them."""
+    """The notes by onset; of equal pitches that begin together in one part only the longest: a channel has one key for them."""
     notes = np.sort(notes, order=["onset", "part", "pitch", "length"])
     differ = [notes[field][1:] != notes[field][:-1] for field in ("onset", "part", "pitch")]
     return notes[np.append(np.any(differ, axis=0), True)]
@@ -335,7 +336,7 @@ def _composer(score):
 def arrange(notes, rng):
     """The notes as in a setting of wider range: outer parts doubled in octaves or moved outwards by one, all of it an octave up or down.
 
-    Vocal music keeps to the middle of the keyboard, where half of what a pianist plays does not lie.
+    Music for voices keeps to the middle of the keyboard; a pianist does not.
 
     Parameters
     ----------
@@ -345,7 +346,7 @@ def arrange(notes, rng):
     Returns
     -------
     ndarray of NOTE, shape (m,)
-        By onset. What would lead beyond the pitches that a score may hold is left out.
+        By onset. What would take a note beyond the pitches that a score may hold is not done.
     """
     heights = [notes["pitch"][notes["part"] == part].mean() for part in range(notes["part"].max() + 1)]
     if len(heights) > 1:
@@ -357,12 +358,11 @@ def arrange(notes, rng):
 
 
 def _set_outwards(notes, part, octave, how):
-    """The notes with those of a part an octave away, in the place of the part or besides it."""
+    """The notes with those of a part `octave` semitones away besides ("doubled"), instead ("moved") or not at all ("as written")."""
     own = notes["part"] == part
-    moved = _moved(notes[own], octave)
-    if how == "as written" or np.array_equal(moved, notes[own]):
+    if how == "as written":
         return notes
-    return np.concatenate([notes if how == "doubled" else notes[~own], moved])
+    return np.concatenate([notes if how == "doubled" else notes[~own], _moved(notes[own], octave)])
 
 
 def _moved(notes, semitones):

@@ -153,15 +153,20 @@ def test_an_arrangement_strikes_each_key_once(seed):
     assert len(set(arranged["part"])) == 2
 
 
-def test_voices_in_unison_sound(tmp_path, monkeypatch):
-    head = "X:1\nT:unison\nM:4/4\nL:1/4\nQ:1/4=90\nK:C\n"
+@pytest.mark.parametrize(
+    "music",
+    ["[CC]2 [EE]2|" * 12 + "\n", "".join(f"V:{voice}\n" + "C2 E2|" * 12 + "\n" for voice in range(16))],
+    ids=["one part", "parts that share a channel"],
+)
+def test_voices_in_unison_sound(tmp_path, monkeypatch, music):
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "unison.abc").write_text(head + "[CC]2 [EE]2|" * 12 + "\n")
+    (tmp_path / "corpus" / "unison.abc").write_text("X:1\nT:unison\nM:4/4\nL:1/4\nQ:1/4=90\nK:C\n" + music)
     monkeypatch.setattr(corpus, "_package", lambda name, found=corpus._package: tmp_path if name == "music21" else found(name))
     score = corpus.read_score(corpus.Piece("unison", "tune", "unison", "nobody", "unison.abc", (90, 90)))
-    assert len(score.notes) == 24 and (np.diff(score.notes["onset"]) > 0).all()
+    n_channels = score.notes["part"].max() + 1
+    assert len(score.notes) == len(np.unique(score.notes[["onset", "part", "pitch"]])) == 24 * n_channels
     played = corpus.perform(score.notes, 90, corpus.STEADY, np.random.default_rng(0))
-    samples = corpus.synthesise(score.notes, corpus.Take(played, (48,), 0), played.duration)
+    samples = corpus.synthesise(score.notes, corpus.Take(played, (48,) * n_channels, 0), played.duration)
     level = [
         np.sqrt((samples[int((on + 0.3) * RATE) : int((end - 0.1) * RATE)] ** 2).mean())
         for on, end in zip(played.onsets, played.ends, strict=True)
