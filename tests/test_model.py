@@ -252,7 +252,7 @@ def test_the_objective_of_invariance_follows_the_formula(network, contrast_frame
     # frame t of every excerpt is in group t modulo n_groups
     groups = [[m[:, group::n_groups].reshape(-1, SIZES.n_maps) for m in (m1, m2)] for group in range(n_groups)]
     contrasted = np.mean([info_nce(*group, 0.1) for group in groups])
-    terms = Objective(network, settings(contrast=0.3, contrast_frames=contrast_frames))(x, y, contexts, one_view, 0.3)
+    terms = Objective(network, settings(contrast=0.3, temperature=0.1, contrast_frames=contrast_frames))(x, y, contexts, one_view, 0.3)
     assert terms["reconstruction"].item() == pytest.approx(error / power, rel=1e-4)
     assert terms["contrast"].item() == pytest.approx(contrasted, rel=1e-3)
     assert terms["loss"].item() == pytest.approx(error / power + 0.3 * contrasted, rel=1e-3)
