@@ -17,7 +17,7 @@ _RATES = (1_000, 768_000)  # sample rates believed of a file, in Hz
 _CHANNELS = 64
 _SLACK = 0.05  # s that may be missing at the end
 _OGG_SLACK = 0.5  # that of Ogg files: those that an editor cut claim some packets more than they decode to
-_LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
+LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
 # libsndfile shortens files that are truncated (wav, aiff; w64; rf64; au) without a word, but in its log
 _SHORTENED = re.compile(r"^\s*(?:data|SSND|riff|Riff size|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAMED = (1 << 31, 1 << 32, 1 << 63, 1 << 64)  # about what programs claim that can't know a length beforehand, in bytes
@@ -167,6 +167,9 @@ def _open(path):
         if int(there) < int(claimed) and all(abs(int(claimed) - unknown) > 1 << 16 for unknown in _STREAMED):
             file.close()
             raise AudioError(f"{path}: truncated, {there} of {claimed} bytes are there; copy it again")
+    if file.format == "OGG" and "Junk after the last page" in file.extra_info:  # libsndfile reads the first and stops
+        file.close()
+        raise AudioError(f"{path}: several recordings one after the other, as web radio is saved; split it, or encode it again as one")
     if file.format == "OGG" and not _has_last_page(path):
         file.close()
         raise AudioError(f"{path}: truncated, its last page is missing; copy or encode it again")
@@ -202,7 +205,7 @@ def _decoded(file, path):
             yield chunk, len(read) == 0
         if len(read) == 0:
             break
-        if not (read.min(initial=0) > -_LOUDEST and read.max(initial=0) < _LOUDEST):  # NaN compares as false
+        if not (read.min(initial=0) > -LOUDEST and read.max(initial=0) < LOUDEST):  # NaN compares as false
             raise AudioError(f"{path}: holds NaN, infinite or absurd samples near {total / file.samplerate:.1f} s; export it again")
         chunk = mono(read)
         total += len(read)

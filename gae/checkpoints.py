@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import safetensors
@@ -10,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save
 
 from gae.commandline import warn
-from gae.files import replacing, sweep
+from gae.files import remove_own, replacing, sweep
+
+_NAMES = r"[0-9a-f]{32}(\.safetensors)?"  # of checkpoints, and of the folders of their drawings
 
 
 class Checkpoints:
@@ -67,13 +68,11 @@ class Checkpoints:
         data = save(tensors, metadata={"gae": text, "sha256": _digest(text, tensors)})
         with replacing(self.file) as partial:
             partial.write_bytes(data)
-        for stale in {*self.folder.glob("*.safetensors")} - {self.file}:
-            shutil.rmtree(stale.with_suffix(""), ignore_errors=True)  # its drawings
-            stale.unlink()
+        remove_own(self.folder, f"(?!{self.drawings.name}){_NAMES}")
 
     def clear(self):
-        """Remove the folder: the run has ended well."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all checkpoints and drawings, and the folder if nothing else is in it: the run has ended well."""
+        remove_own(self.folder, _NAMES)
 
     def _read(self):
         """The facts and the tensors of the last checkpoint, if there is one that can be read."""

@@ -8,7 +8,8 @@ import gae
 from gae.commandline import explained, one_line_errors
 from gae.convert import convert_file, feature_names
 from gae.errors import FormatError, GaeError
-from gae.features import SUFFIXES, check_suffix
+from gae.features import SUFFIXES, check_suffix, validate
+from gae.files import content_hash
 from gae.modelfile import SHIPPED
 from gae.weights import import_weights
 
@@ -28,11 +29,23 @@ def _convert(given):
     failures = 0
     for path, out in outs.items():
         try:
+            if out != Path(given.out):
+                _spare(path, out)
             convert_file(path, out, model)
         except (GaeError, OSError, MemoryError) as error:
             print(f"gae: error: {explained(error)}", file=sys.stderr)
             failures += 1
     return 1 if failures else 0
+
+
+def _spare(path, out):
+    """Refuse to write over another recording's features: names in a folder are told apart within one call only."""
+    try:
+        origin = validate(out).origin
+    except FormatError:  # none are there
+        return
+    if origin.source != path and not (Path(path).is_file() and content_hash(path) == origin.source_sha256):
+        raise FormatError(f"{out}: holds the features of {origin.source or 'something else'}; name another folder for those of {path}")
 
 
 def _import_weights(given):

@@ -222,7 +222,7 @@ def _mono(samples, sample_rate):
         raise AudioError(f"sample_rate: got {sample_rate!r}, allowed: 1000 to 768000 Hz")
     try:
         samples = np.asarray(samples)
-    except ValueError:  # ragged
+    except (ValueError, TypeError, RuntimeError):  # ragged, or a tensor that can't become an array
         samples = np.empty(0, object)
     if samples.dtype.kind not in "iuf":
         hint = "; gae.convert.convert_file takes files" if samples.dtype.kind == "U" else ""
@@ -233,7 +233,7 @@ def _mono(samples, sample_rate):
         raise AudioError(f"samples: of shape {samples.shape}, so {samples.shape[1]} channels; give (n, channels), perhaps samples.T")
     with np.errstate(over="ignore"):
         mono = audio.mono(samples)
-    if not np.isfinite(mono).all():
+    if not (np.abs(mono) < audio.LOUDEST).all():  # NaN compares as false
         raise AudioError("samples: NaN, infinite or too large; clean them first")
     return mono
 
@@ -283,14 +283,22 @@ def _holds(file, n_frames, origin, dtype):
 
 
 def _forget(out, files):
-    """Remove the features in the folder that its last index lists and that are no longer wanted."""
+    """Remove the features in the folder that are no longer wanted: those that its last index lists, and those of a run that was stopped."""
     try:
         before = {track["file"] for track in read_json(out / "index.json")["tracks"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return
+        before = set()
     for file in out.glob("*.h5"):
-        if file.name in before - files:
+        if file.name not in files and (file.name in before or _made_by_a_run(file)):
             file.unlink()
+
+
+def _made_by_a_run(file):
+    """Whether a file is one of `convert_track`, and not from elsewhere."""
+    try:
+        return bool(validate(file).origin.made_by)
+    except FormatError:
+        return False
 
 
 def _readable(stem):

@@ -897,8 +897,9 @@ def _steps(notes):
 
 
 def _keep_only(out, reports):
-    """Remove the folders of pieces that are not, or no longer, chosen."""
+    """Remove the folders of pieces that are not, or no longer, chosen, and those half-written."""
     kept = {out / report["split"] / report["id"] for report in reports}
     for folder in [*out.glob("train/*"), *out.glob("heldout/*")]:
-        if folder not in kept:
+        ours = (folder / "piece.json").exists() or re.fullmatch(r"\..+\.partial", folder.name)
+        if ours and folder not in kept:
             shutil.rmtree(folder)

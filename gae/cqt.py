@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import librosa
 import numpy as np
 
+from gae.errors import AudioError
+
 _PIECE = 16384  # frames transformed at a time
 _DUST = 1e-6  # of the largest magnitude: a frame without more holds rounding errors that sound before or after it left
 _ALIGN = 64  # pieces overlap by a multiple of this, so that every octave's decimation starts on the same samples
@@ -38,7 +40,14 @@ def frames(samples, cqt):
     -------
     ndarray of float32, shape (1 + n_samples // cqt.hop_length, cqt.n_bins)
         Frame t is centred at t * hop_length / sample_rate s and has zero mean and unit L2 norm; a silent one is zero.
+
+    Raises
+    ------
+    AudioError
+        If the samples have more than one axis.
     """
+    if np.ndim(samples) != 1:
+        raise AudioError(f"samples: of shape {np.shape(samples)}, not mono; gae.audio.mono mixes (n, channels) down")
     with analyse([samples], cqt) as analysis:
         return np.concatenate([np.zeros((0, cqt.n_bins), np.float32), *analysis.blocks()])
 

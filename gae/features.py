@@ -13,7 +13,7 @@ import os
 import threading
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -86,7 +86,8 @@ class Features:
     def save(self, path):
         """Write a .h5, .npz or .csv file, values as float16 where they are, as float32 otherwise; see `gae.features.write`."""
         dtype = "float16" if self.values.dtype == np.float16 else "float32"
-        write(path, [self.values], self.values.shape, self.origin, dtype, self.times)
+        origin = replace(self.origin, made_by="")  # who knows what has become of the values
+        write(path, [self.values], self.values.shape, origin, dtype, self.times)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def write(path, blocks, shape, origin, dtype="float32", times=None):
     Raises
     ------
     FormatError
-        If the suffix or the type is none of these, a value is NaN or infinite, or the times are not one a frame, in order.
+        If the suffix or the type is none of these, the shape is another, a value is NaN or infinite, also once it is stored, or the
+        times are not one a frame, in order.
 
     Notes
     -----
@@ -180,12 +182,15 @@ def write(path, blocks, shape, origin, dtype="float32", times=None):
     check_suffix(path)
     if dtype not in ("float32", "float16"):
         raise FormatError(f"{path}: features are stored as float32 or float16, not as {dtype}")
+    shape = tuple(map(int, shape))
+    if len(shape) != 2 or not shape[1]:
+        raise FormatError(f"{path}: not written, values of shape {shape}; features are (n_frames, n_maps)")
     times = frame_times(shape[0], origin.cqt) if times is None else np.asarray(times, np.float64)
     if times.shape != (shape[0],) or not np.isfinite(times).all() or (np.diff(times) <= 0).any():
         raise FormatError(f"{path}: not written, {times.size} times for {shape[0]} frames; give one a frame, in order")
     writers = {".h5": _write_h5, ".npz": _write_npz, ".csv": _write_csv}
     with replacing(path) as partial:
-        writers[path.suffix.lower()](partial, _checked(blocks, shape, path), shape, times, origin, np.dtype(dtype))
+        writers[path.suffix.lower()](partial, _checked(blocks, shape, dtype, path), shape, times, origin, np.dtype(dtype))
 
 
 def check_suffix(path):
@@ -322,11 +327,13 @@ def _regrid(blocks, size):
         yield held
 
 
-def _checked(blocks, shape, path):
-    """Pass blocks on, making sure that they are numbers and that there are as many as announced."""
+def _checked(blocks, shape, dtype, path):
+    """Pass blocks on, making sure that they are numbers, also once they are stored, and that there are as many as announced."""
     total = 0
     for block in blocks:
-        if not np.isfinite(block).all():
+        with np.errstate(over="ignore"):
+            stored = np.asarray(block).astype(dtype, copy=False)
+        if not np.isfinite(stored).all():
             raise FormatError(f"{path}: not written, its features would be NaN or infinite; use another model")
         total += len(block)
         yield block

@@ -4,6 +4,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
+import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,9 +48,33 @@ def replacing(path, durable=True):
 
 
 def sweep(folder):
-    """Remove what a killed process left half-written anywhere below `folder`."""
+    """Remove what a killed process left half-written by `replacing` anywhere below `folder`."""
     for partial in Path(folder).rglob(f".*{_PARTIAL}"):
-        partial.unlink(missing_ok=True)
+        if re.fullmatch(rf"\..+\.\d+{re.escape(_PARTIAL)}", partial.name):
+            partial.unlink(missing_ok=True)
+
+
+def remove_own(folder, names):
+    """Remove what a folder holds under names that only we give, and the folder itself if nothing is left.
+
+    A folder that somebody chose may hold other things of theirs. Subfolders of ours go with all that is in them.
+
+    Parameters
+    ----------
+    folder : str or Path
+        May be missing.
+    names : str
+        Regular expression for the whole of a name.
+    """
+    folder = Path(folder)
+    for path in folder.glob("*"):
+        if re.fullmatch(names, path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def write_json(path, value, durable=True):

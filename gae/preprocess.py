@@ -12,10 +12,12 @@ from gae.commandline import warn
 from gae.compute import by_place, map_tracks
 from gae.cqt import analyse
 from gae.errors import AudioError, FormatError, ListError, StorageError
-from gae.files import PACKAGES, code_digest, content_hash, digest, sweep
+from gae.files import PACKAGES, code_digest, content_hash, digest, remove_own, sweep
 from gae.index import read_index
 
 _WAITING = re.compile(r"/([0-9a-f]{32})-([0-9]+)\.h5$")  # a track at a URL: its key, and what must be known of it beforehand
+_MADE = "[0-9a-f]{16}"  # a folder of staging: digest of what decides its frames
+_OWN = r"(shard-\w+|[0-9a-f]{32})\.h5"  # a shard, and a track that waits for one
 
 
 def preprocess(params, index_file, out, staging):
@@ -160,7 +162,7 @@ def _tracks_in(folder, params):
     """The tracks that a folder holds already, made with these parameters by this code: {key: Track}."""
     sweep(folder)
     tracks = {}
-    for file in sorted(folder.glob("*.h5")):
+    for file in sorted(file for file in folder.glob("*.h5") if re.fullmatch(_OWN, file.name)):
         try:
             cqt, found = shards.read_shard(file)
         except FormatError as error:
@@ -215,11 +217,10 @@ def _refuse(failure, on_error):
 def _remove(staging):
     """Remove the staged tracks, those of other parameters and half-written ones too, and nothing else."""
     if storage.is_url(staging):
-        storage.remove([url for url in storage.below(staging) if re.search("/[0-9a-f]{16}" + _WAITING.pattern, url)])
+        storage.remove([url for url in storage.below(staging) if re.search(f"/{_MADE}" + _WAITING.pattern, url)])
         return
-    sweep(staging)
-    for file in staging.glob("*/*.h5"):
-        file.unlink()
-    for folder in [*staging.glob("*"), staging]:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    for folder in staging.glob("*"):
+        if re.fullmatch(_MADE, folder.name):
+            sweep(folder)
+            remove_own(folder, _OWN)
+    remove_own(staging, "")  # the folder itself, if that was all

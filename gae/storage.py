@@ -48,11 +48,33 @@ def kind(path):
 def matching(pattern):
     """The files that a glob matches, sorted."""
     if not is_url(pattern):
-        found = glob.glob(pattern, recursive=True)
+        found = _local(pattern)
         return sorted(path for path in found if os.path.isfile(path) or not os.path.exists(path))  # a link to nothing is to be told
     with _reached(pattern) as files:
         found = files.glob(pattern, detail=True)
         return sorted(files.unstrip_protocol(path) for path, about in found.items() if about["type"] == "file")
+
+
+def _local(pattern):
+    """What `glob.glob` finds on this machine, but that `**` does not go round in circles where a link leads back up."""
+    stars = re.search(r"(^|/)\*\*(/+|$)", pattern)
+    if not stars:
+        return set(glob.glob(pattern))
+    roots = glob.glob(pattern[: stars.end(1)]) if stars.start() else [stars[1]]
+    below = pattern[stars.end() :] or "*"
+    return {path for root in roots for folder in _folders(root) for path in _local(os.path.join(glob.escape(folder), below))}
+
+
+def _folders(folder, above=()):
+    """A folder, and all below it that are not hidden. Links are followed, but not to a folder that one is in already."""
+    real = os.path.realpath(folder or os.curdir)
+    if any(os.path.commonpath([real, outer]) == real for outer in above):
+        return
+    yield folder
+    with suppress(OSError), os.scandir(folder or os.curdir) as entries:  # one that can't be read is passed over, as by glob
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        for name in names:
+            yield from _folders(os.path.join(folder, name), (*above, real))
 
 
 def stamp(path):

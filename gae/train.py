@@ -28,7 +28,7 @@ from gae.commandline import explained
 from gae.compute import give_back_memory, keep_memory
 from gae.cqt import transpose
 from gae.errors import GaeError, TrainingError, reason
-from gae.files import code_digest, digest, read_json, replacing, write_json
+from gae.files import code_digest, digest, read_json, remove_own, replacing, sweep, write_json
 from gae.locks import alone
 from gae.measures import invariance_top1, mean_and_error
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
@@ -39,6 +39,7 @@ PAUSE_STEPS = 25  # steps between two looks at the loss; all else happens at som
 VALIDATION_STEPS = 500
 PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true"}  # as Fabric calls them
 _VALIDATION_FRAMES = 1200
+_DRAWINGS = r"(\w+-\d{7}|loss)\.png"  # names of drawings of the network and of the losses
 _RUNTIME = {"accelerator", "devices", "nodes", "checkpoint_seconds"}  # parameters that leave the result as it is
 
 
@@ -318,9 +319,9 @@ class View:
 
     def __init__(self, run, curves, drawings):
         self.kept, self.drawings = run.store.drawings, Path(drawings)
-        stale = [self.drawings] if run.step else [self.drawings, self.kept, curves]
-        for folder in stale:
-            shutil.rmtree(folder, ignore_errors=True)
+        sweep(self.drawings)
+        for folder in [self.drawings] if run.step else [self.drawings, self.kept]:
+            remove_own(folder, _DRAWINGS)
         for folder in (self.drawings, self.kept):
             folder.mkdir(parents=True, exist_ok=True)
         self._show_kept()

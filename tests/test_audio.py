@@ -197,6 +197,15 @@ def test_a_file_that_lost_its_end_is_refused(write, extension, how):
         assert "truncated" in refuse(path)
 
 
+@pytest.mark.parametrize("how", [{}, {"subtype": "OPUS"}])
+def test_recordings_joined_in_one_ogg_file_are_refused(write, how):
+    """As web radio is saved, a link a title: libsndfile would read the first alone."""
+    first, second = (write(f"{seconds}.ogg", tiny.tone(seconds, 48000), 48000, **how).read_bytes() for seconds in (1, 2))
+    path = write("joined.ogg", tiny.tone(1, 48000), 48000, **how)
+    path.write_bytes(first + second)
+    assert "several recordings one after the other" in refuse(path)
+
+
 @pytest.mark.parametrize(("extension", "place", "layout"), [("au", 8, ">I"), ("w64", 16, "<Q"), ("wav", 40, "<I")])
 def test_a_stream_of_any_format_may_not_know_its_length(write, extension, place, layout):
     path = write(f"stream.{extension}", tiny.tone(0.5, 8000), 8000)

@@ -64,6 +64,20 @@ def test_several_files_go_to_a_folder_and_bad_ones_are_named(folder, weights, ca
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["other.h5", "song.h5"]
 
 
+def test_features_of_another_recording_are_not_written_over(folder, weights, capsys):
+    (folder / "album").mkdir()
+    soundfile.write("album/song.wav", tiny.tone(3, 8000), 8000)
+    for _ in range(2):  # its own are
+        assert run(capsys, "convert", "song.wav", "--out", "out/", "--weights", weights)[0] == 0
+    code, _, error = run(capsys, "convert", "album/song.wav", "other.flac", "--out", "out/", "--weights", weights)
+    assert code == 1 and len(error.splitlines()) == 1
+    assert "out/song.h5: holds the features of song.wav; name another folder for those of album/song.wav" in error
+    assert gae.read_features("out/song.h5").origin.source == "song.wav" and (folder / "out" / "other.h5").exists()
+    os.rename("song.wav", "album/song.wav")  # the same recording elsewhere
+    assert run(capsys, "convert", "album/song.wav", "--out", "out/", "--weights", weights)[0] == 0
+    assert gae.read_features("out/song.h5").origin.source == "album/song.wav"
+
+
 def test_the_same_file_twice_is_converted_once(folder, weights, capsys):
     assert run(capsys, "convert", "song.wav", "song.wav", "--out", "song.h5", "--weights", weights)[0] == 0
     assert (folder / "song.h5").exists()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
+import torch
 
 import gae
 from gae import audio, convert, modelfile, shards
@@ -88,6 +89,26 @@ def test_every_track_gets_its_own_features(project, weights):
     assert tracks["c/other.mp3"]["file"] == "other.h5"
     assert {name[:7].lower() for name in (tracks["a/Song.wav"]["file"], tracks["b/song.flac"]["file"])} == {"a-song-", "b-song-"}
     assert index["skipped"] == project.skipped[:1]
+
+
+def test_what_a_stopped_run_of_another_list_left_goes(project, in_this_process):
+    project.run()
+    wanted = project.files()
+    file = next(path for path in project.out.iterdir() if path.suffix == ".h5")
+    (project.out / "of-a-wrong-line.h5").write_bytes(file.read_bytes())
+    gae.read_features(file).save(project.out / "mine.h5")
+    project.run()
+    assert project.files().keys() - {"mine.h5"} == wanted.keys() and (project.out / "mine.h5").exists()
+
+
+def test_features_that_were_saved_again_are_not_taken_for_those_of_a_run(project, in_this_process):
+    project.run()
+    before = project.files()
+    file = next(path for path in project.out.iterdir() if path.suffix == ".h5")
+    features = gae.read_features(file)
+    gae.Features(features.values / 2, features.times, features.origin).save(file)
+    project.run()
+    assert project.files() == before
 
 
 def test_same_path_is_converted_once(project, in_this_process):
@@ -329,6 +350,9 @@ def test_samples_of_any_type_and_scale(song, weights):
         ([0.0, np.nan], 8000, "NaN"),
         ([0.0, np.inf], 8000, "infinite"),
         ([0.0, 1e300], 8000, "too large"),
+        ([0.0, 1e38], 8000, "too large"),
+        (torch.zeros(8000, requires_grad=True), 8000, "give an array of real numbers"),
+        (torch.zeros(8000, dtype=torch.bfloat16), 8000, "give an array of real numbers"),
         (["a", "b"], 8000, "real numbers"),
         ([None, 1.0], 8000, "real numbers"),
         ([[1.0], [1.0, 2.0]], 8000, "real numbers"),

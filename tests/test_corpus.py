@@ -316,8 +316,10 @@ def test_what_is_there_is_kept_and_what_is_stale_goes(rendered, few_pieces, tmp_
     (tmp_path / "train" / ".piece.partial").mkdir()
     corpus._keep_only(tmp_path, [{"split": "train", "id": "piece"}])
     assert [path.name for path in (tmp_path / "train").iterdir()] == ["piece"]
+    (tmp_path / "train" / "dataset").mkdir()
+    (tmp_path / "train" / "dataset" / "labels.csv").write_text("the user's")
     corpus._keep_only(tmp_path, [])
-    assert not list((tmp_path / "train").iterdir())
+    assert [path.name for path in (tmp_path / "train").iterdir()] == ["dataset"]
 
 
 @pytest.mark.parametrize("name", ["1.flac", "piece.json"])

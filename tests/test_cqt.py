@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gae import cqt as transform
 from gae.cqt import analyse, compress, frame_times, frames, magnitude_blocks, standardise, transpose
+from gae.errors import AudioError
 from gae.params import Cqt
 
 CQT = tiny.CQT
@@ -152,6 +153,11 @@ def test_the_shortest_recordings_have_frames(n_samples):
 
 def test_nothing_has_no_frames():
     assert frames(np.zeros(0, np.float32), CQT).shape == (0, CQT.n_bins)
+
+
+def test_several_channels_are_refused():
+    with pytest.raises(AudioError, match=r"of shape \(2000, 2\), not mono; gae\.audio\.mono mixes"):
+        frames(np.stack([noise(2000)] * 2, 1), CQT)
 
 
 @pytest.mark.parametrize("level", [1e12, 1e-30, 1e-40])

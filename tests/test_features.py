@@ -301,6 +301,21 @@ def test_values_of_other_types_are_saved_as_float32_or_refused(tmp_path, values)
     assert np.array_equal(read(tmp_path / "song.h5").values, values)
 
 
+def test_values_that_could_not_be_read_again_are_refused(tmp_path, values):
+    for wrong in (values.mean(1), values[:, :0], values[None]):
+        with pytest.raises(FormatError, match=r"song\.h5: not written, values of shape .*; features are \(n_frames, n_maps\)"):
+            Features(wrong, np.arange(len(wrong)) * 0.032, ORIGIN).save(tmp_path / "song.h5")
+    for large in (values.astype(np.float64) * 1e39, np.full((40, 3), np.inf)):
+        with pytest.raises(FormatError, match="NaN or infinite"):
+            Features(large, np.arange(40) * 0.032, ORIGIN).save(tmp_path / "song.h5")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_shape_may_be_of_numpys_numbers(tmp_path, values):
+    write(tmp_path / "song.npz", [values], np.array(values.shape), ORIGIN)
+    assert np.array_equal(np.load(tmp_path / "song.npz")["values"], values)
+
+
 @pytest.mark.parametrize("times", [np.arange(39.0), np.zeros(40), np.full(40, np.nan), np.arange(40.0)[::-1]])
 @pytest.mark.parametrize("suffix", [".h5", ".npz", ".csv"])
 def test_times_that_are_not_one_a_frame_in_order_are_refused(tmp_path, values, times, suffix):

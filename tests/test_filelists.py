@@ -123,6 +123,27 @@ def test_globs_expand_in_sorted_order_to_files(paths, pattern, files):
     assert paths(pattern) == [(file,) for file in sorted(files)]
 
 
+def test_globs_do_not_go_round_in_circles(tmp_path, monkeypatch):
+    """Links that lead back up, two of which would give a path for each order of going round; links to elsewhere are followed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("music/a.wav", "music/deep/b.wav", "music/.hidden/c.wav", "elsewhere/d.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "music" / "latest").symlink_to(".")
+    (tmp_path / "music" / "deep" / "up").symlink_to("../..")
+    (tmp_path / "music" / "more").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../music")
+    found = ["music/a.wav", "music/deep/b.wav", "music/more/d.wav"]
+    for start, root in [("", tmp_path), ("", tmp_path / "music"), (f"{tmp_path}/", tmp_path)]:
+        monkeypatch.chdir(root)
+        (tmp_path / "list.txt").write_text(f"{start}{'' if root.name == 'music' else 'music/'}**/*.wav\n")
+        paths = [os.path.relpath(line.paths[0], tmp_path) for line in read_list(tmp_path / "list.txt")]
+        assert paths == found if start or root == tmp_path else [os.path.relpath(root / path, tmp_path) for path in paths]
+    monkeypatch.chdir(tmp_path / "music")
+    (tmp_path / "list.txt").write_text("**\n")
+    assert [line.paths[0] for line in read_list(tmp_path / "list.txt")] == ["a.wav", "deep/b.wav", "more/d.wav"]
+
+
 def test_a_home_folder_expands(paths, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     assert paths("~/Sonata in C # minor.wav # mine") == [(f"{folder}/Sonata in C # minor.wav",)]

@@ -274,18 +274,32 @@ def test_a_broken_index_is_one_line(folder, computed, text):
 
 
 def test_what_other_parameters_left_behind_goes(folder, computed):
-    (folder / "staging" / "0123").mkdir(parents=True)
-    (folder / "staging" / "0123" / "old.h5").write_text("old")
-    (folder / "staging" / "0123" / ".old.h5.77.partial").write_text("half")
+    made, key = folder / "staging" / (8 * "01"), 16 * "ab"
+    made.mkdir(parents=True)
+    (made / f"{key}.h5").write_text("old")
+    (made / f".{key}.h5.77.partial").write_text("half")
     run()
 
 
-def test_what_the_user_put_there_stays(folder, computed):
-    (folder / "staging").mkdir()
-    (folder / "staging" / "mine.txt").write_text("mine")
+@pytest.mark.parametrize("name", ["mine.txt", "thesis/results.h5", "thesis/.song.mp3.partial", "empty/", f"{8 * '01'}/mine.h5"])
+def test_what_the_user_put_there_stays(folder, computed, name):
+    mine = folder / "staging" / name
+    (mine if name.endswith("/") else mine.parent).mkdir(parents=True)
+    if not name.endswith("/"):
+        mine.write_text("mine")
     index()
     preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
-    assert (folder / "staging" / "mine.txt").read_text() == "mine"
+    assert mine.is_dir() if name.endswith("/") else mine.read_text() == "mine"
+    assert [path for path in (folder / "staging").rglob("*") if path.is_file()] == ([] if name.endswith("/") else [mine])
+
+
+def test_other_files_beside_shards_stay(folder, computed):
+    (folder / "shards" / "train").mkdir(parents=True)
+    (folder / "shards" / "train" / "annotations.h5").write_text("mine")
+    lists(["a"], ["b"])
+    index()
+    preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+    assert (folder / "shards" / "train" / "annotations.h5").read_text() == "mine"
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):

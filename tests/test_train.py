@@ -54,7 +54,7 @@ def quiet(monkeypatch):
 
 
 def draw_nothing(network, cqt, frames, folder, step):
-    (folder / f"{step}.png").write_text(str(step))
+    (folder / f"mapping-{step:07d}.png").write_text(str(step))
 
 
 def places(folder):
@@ -147,7 +147,7 @@ def test_what_a_run_leaves(shards, tmp_path, quiet):
 def test_the_network_is_drawn_at_the_first_pause_after_each_interval(shards, tmp_path, quiet, interval, drawn):
     settings = recipe().model_copy(update={"plot": params.Plot(interval=interval)})
     learn(settings, shards, tmp_path)
-    assert sorted(int(path.stem) for path in (tmp_path / "network").iterdir()) == drawn
+    assert sorted(int(path.stem[-7:]) for path in (tmp_path / "network").iterdir()) == drawn
 
 
 def test_the_bar_is_ended_before_an_error_is_told(shards, tmp_path, quiet, monkeypatch, capfd):
@@ -190,17 +190,33 @@ def test_a_resumed_run_keeps_its_drawings_and_a_new_one_wipes_them(shards, tmp_p
     crash(80)
     with pytest.raises(Crash):
         learn(recipe(), shards, tmp_path)
-    (tmp_path / "training" / "old.tsv").write_text("from another run")
-    (tmp_path / "network" / ".50.png.77.partial").write_text("half")
+    curves, network = tmp_path / "training" / "plots" / "metrics", tmp_path / "network"
+    (curves / "old.tsv").write_text("from another run")
+    (network / ".mapping-0000050.png.77.partial").write_text("half")
     for step in (50, 100):  # `dvc exp run` puts back what the last run that ended drew
-        (tmp_path / "network" / f"{step}.png").write_text("from another run")
+        (network / f"mapping-{step:07d}.png").write_text("from another run")
     crash(None)
     learn(recipe(), shards, tmp_path)
-    assert {int(path.stem): path.read_text() for path in (tmp_path / "network").iterdir()} == {n: str(n) for n in (50, 75, 85)}
-    (tmp_path / "network" / "9999.png").write_text("from another run")
+    assert {path.name: path.read_text() for path in network.iterdir()} == {f"mapping-{n:07d}.png": str(n) for n in (50, 75, 85)}
+    (network / "mapping-0009999.png").write_text("from another run")
     learn(recipe(steps=30), shards, tmp_path)
-    assert [path.name for path in (tmp_path / "network").iterdir()] == ["30.png"]
-    assert not (tmp_path / "training" / "old.tsv").exists()
+    assert [path.name for path in network.iterdir()] == ["mapping-0000030.png"]
+    assert not (curves / "old.tsv").exists()
+
+
+def test_what_else_is_in_its_folders_stays(shards, tmp_path, quiet, crash):
+    mine = [tmp_path / name for name in ("network/figure.png", "training/log.csv", "checkpoints/thesis.safetensors", "checkpoints/notes/a")]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    crash(80)
+    with pytest.raises(Crash):
+        learn(recipe(), shards, tmp_path)
+    crash(None)
+    learn(recipe(), shards, tmp_path)
+    learn(recipe(steps=30), shards, tmp_path)
+    assert [file.read_text() for file in mine] == ["mine"] * 4
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["notes", "thesis.safetensors"]
 
 
 def stopped(settings, shards, folder, crash, at=60):
@@ -287,7 +303,7 @@ def test_a_damaged_checkpoint_costs_a_fresh_start(shards, tmp_path, quiet, crash
     (file,) = (tmp_path / "a" / "checkpoints").glob("*.safetensors")
     file.write_bytes(damage(file.read_bytes()))
     (file.parent / f".{file.name}.77.partial").write_text("half")
-    (file.parent / "stale.safetensors").write_text("of another recipe")
+    (file.parent / f"{16 * '0a'}.safetensors").write_text("of another recipe")
     capsys.readouterr()
     assert learn(recipe(), shards, tmp_path / "a") == unbroken and done[0] == 0
     assert f"warning: {file}: damaged; training starts again from the first step\n" in capsys.readouterr().err
