@@ -167,12 +167,12 @@ def _open(path):
         if int(there) < int(claimed) and all(abs(int(claimed) - unknown) > 1 << 16 for unknown in _STREAMED):
             file.close()
             raise AudioError(f"{path}: truncated, {there} of {claimed} bytes are there; copy it again")
-    if file.format == "OGG" and "Junk after the last page" in file.extra_info:  # libsndfile reads the first and stops
-        file.close()
-        raise AudioError(f"{path}: several recordings one after the other, as web radio is saved; split it, or encode it again as one")
     if file.format == "OGG" and not _has_last_page(path):
         file.close()
         raise AudioError(f"{path}: truncated, its last page is missing; copy or encode it again")
+    if file.format == "OGG" and "Junk after the last page" in file.extra_info:  # libsndfile reads the first and stops
+        file.close()
+        raise AudioError(f"{path}: several recordings one after the other, as web radio is saved; split it, or encode it again as one")
     return file
 
 

@@ -82,7 +82,7 @@ def analyse(sample_blocks, cqt):
             for start in range(0, n_frames, _PIECE):
                 count = min(_PIECE, n_frames - start) * cqt.n_bins
                 piece = np.fromfile(spool, dtype=np.float32, count=count).reshape(-1, cqt.n_bins)
-                yield standardise(compress(_silence(piece, peak), peak, cqt))
+                yield standardise(compress(silence(piece, peak), peak, cqt))
 
         yield Analysis(n_frames, peak, blocks)
 
@@ -157,8 +157,11 @@ def frame_times(n_frames, cqt):
     return np.arange(n_frames) * cqt.frame_seconds
 
 
-def _silence(magnitudes, peak):
-    """Frames with nothing but dust to zero: standardising would blow it up."""
+def silence(magnitudes, peak):
+    """Magnitudes (n_frames, n_bins), those of frames that hold nothing but dust beside the recording's `peak` at zero.
+
+    Standardising would blow it up.
+    """
     return np.where(magnitudes.max(axis=1, keepdims=True) > _DUST * peak, magnitudes, np.float32(0))
 
 

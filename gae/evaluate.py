@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gae import audio
 from gae.compute import beside_files, map_tracks
 from gae.convert import convert_file
-from gae.cqt import compress, magnitude_blocks, standardise, transpose
+from gae.cqt import compress, magnitude_blocks, silence, standardise, transpose
 from gae.errors import FormatError, ParamsError
 from gae.features import extract_frames, with_past
 from gae.files import read_json, replacing, write_json
@@ -227,7 +227,7 @@ def _represent(path, model, k):
     """A recording that was transposed by k semitones, as each kind of feature: (n_frames, d) each."""
     cqt = model.cqt
     magnitudes = np.concatenate(list(magnitude_blocks(audio.blocks(path, cqt.sample_rate), cqt)))
-    compressed = compress(magnitudes, magnitudes.max(), cqt)
+    compressed = compress(silence(magnitudes, magnitudes.max()), magnitudes.max(), cqt)
     frames, folded = standardise(compressed), chroma(magnitudes, cqt)
     shifted_back = transpose(compressed, -round(k * cqt.bins_per_octave / 12))
     return {

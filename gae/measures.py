@@ -28,8 +28,9 @@ def invariance_top1(queries, candidates):
     ndarray of bool, shape (n,)
         Their mean is the top-1 rate. A tie is a miss.
     """
+    # in double precision, rounded afterwards: in single, equal candidates would differ by their places in the product
+    queries, candidates = np.asarray(queries, np.float64), unit(np.asarray(candidates, np.float64))
     versions = unit(queries if queries.ndim == 3 else queries[None])
-    candidates = unit(candidates)
     n = len(candidates)
     step = max(1, _SIMILARITIES // n)
     return np.concatenate([_found(versions[:, start : start + step], candidates, start) for start in range(0, n, step)])

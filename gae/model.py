@@ -144,16 +144,21 @@ class _Responses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, frames, contexts, filters):
-        ctx.save_for_backward(frames, contexts)
+        ctx.save_for_backward(frames, contexts, filters)
         return torch.cat([_copied(frames, rows) @ filters.mT for rows in contexts.split(_PIECE)])
 
     @staticmethod
     def backward(ctx, gradient):
-        frames, contexts = ctx.saved_tensors
-        total = gradient.new_zeros(gradient.shape[1], contexts.shape[1] * frames.shape[1])
+        frames, contexts, filters = ctx.saved_tensors
+        # pieces are added up in single precision at least: in bf16 a sum of many would stop growing
+        to_filters = torch.zeros_like(filters, dtype=torch.promote_types(filters.dtype, torch.float32))
         for rows, part in zip(contexts.split(_PIECE), gradient.split(_PIECE), strict=True):
-            total = torch.addmm(total, part.mT, _copied(frames, rows))
-        return None, None, total
+            to_filters += part.mT @ _copied(frames, rows)
+        to_frames = None
+        if ctx.needs_input_grad[0]:
+            parts = (gradient @ filters).view(-1, frames.shape[1])
+            to_frames = torch.zeros_like(frames).index_add_(0, contexts.flatten(), parts)
+        return to_frames, None, to_filters.to(filters.dtype)
 
 
 def _copied(frames, rows):

@@ -140,7 +140,7 @@ def _read(path):
         raise FormatError(f"{path}: no such model; name {' or '.join(SHIPPED)}, or train or pull it by DVC") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or reason(error)}); check the path and its permissions") from None
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: not a model file ({reason(error)}); run `dvc repro train` or `dvc pull`") from None
     schema = facts.get("schema") if isinstance(facts, dict) else None
     if schema != SCHEMA:

@@ -175,7 +175,9 @@ class Train(Section):
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
     devices: int = Field(1, ge=1, le=1024, description="processes or GPUs on each host")
     nodes: int = Field(1, ge=1, le=1024, description="hosts")
-    checkpoint_seconds: float = Field(30.0, ge=0, le=60, description="time between checkpoints, in s: at most this much work is lost")
+    checkpoint_seconds: float = Field(
+        30.0, ge=0, le=60, description="time between checkpoints, in s: at most this much work is lost, and 25 steps more"
+    )
     seed: int = Field(1, ge=0, lt=2**32, description="seed of weights, excerpts, shifts and dropout")
 
     @model_validator(mode="after")

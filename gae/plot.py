@@ -448,7 +448,7 @@ def _pooled(file):
 def _draw_heldout(corpus, model, path, plot):
     """The features of the first held-out piece in two keys."""
     piece, cqt = heldout_pieces(corpus)[0], model.cqt
-    n_frames = round(plot.seconds / cqt.frame_seconds)
+    n_frames = max(2, round(plot.seconds / cqt.frame_seconds))
     original, transposed = (
         extract_frames(cqt_frames(audio.load(heldout_file(corpus, piece, take), cqt.sample_rate), cqt), model)
         for take in ("original", "transposed")

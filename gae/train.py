@@ -40,6 +40,7 @@ VALIDATION_STEPS = 500
 PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true"}  # as Fabric calls them
 _VALIDATION_FRAMES = 1200
 _DRAWINGS = r"(\w+-\d{7}|loss)\.png"  # names of drawings of the network and of the losses
+_SOUNDING = 0.05  # share of the frames that sound, below which a batch is weighed as if as many did
 _RUNTIME = {"accelerator", "devices", "nodes", "checkpoint_seconds"}  # parameters that leave the result as it is
 
 
@@ -250,8 +251,8 @@ class Run:
 
     @property
     def first_loss(self):
-        """What the loss was at the start, had the contrast weighed what it does now."""
-        train, first = self.params.train, self.history[0]
+        """What the loss was at the start, at the worst of a few pauses, had the contrast weighed what it does now."""
+        train, first = self.params.train, max(self.history[:4], key=lambda row: row["loss"])
         return first["loss"] + (contrast_weight(self.step, train) - train.contrast) * first.get("contrast", 0.0)
 
     def validate(self):
@@ -411,7 +412,8 @@ class Objective(nn.Module):
             given = torch.where(one_view[:, None, None], mapping.flip(0), mapping)
             error = (model.rebuild(given, factors) - y).square().sum()
             power = self.gather(y.square().sum()).mean()  # of all processes, as their losses are averaged
-            terms = {"reconstruction": error / power.clamp_min(1e-6)}
+            # a frame that sounds has a power of 1: in a batch of rests alone next to nothing is to be rebuilt, and no share of it
+            terms = {"reconstruction": error / power.clamp_min(_SOUNDING * y[..., 0].numel())}
             if settings.contrast:
                 terms["contrast"] = contrast(*map(self._groups, mapping), settings.temperature)
         if settings.sparsity:
@@ -429,8 +431,9 @@ class Objective(nn.Module):
         """The frames of all processes in groups (n_groups, about contrast_frames, n_maps), each with frames of every excerpt."""
         mapping = self.gather(mapping.contiguous()).flatten(0, -3)
         n_excerpts, n_frames, n_maps = mapping.shape
-        n_groups = min(n_frames, max(1, round(n_excerpts * n_frames / self.settings.contrast_frames)))
-        dealt = mapping[:, : n_frames // n_groups * n_groups].unflatten(1, (-1, n_groups))
+        wanted = n_excerpts * n_frames / self.settings.contrast_frames
+        n_groups = min((n for n in range(1, n_frames + 1) if n_frames % n == 0), key=lambda n: abs(math.log(n / wanted)))
+        dealt = mapping.unflatten(1, (-1, n_groups))
         return dealt.permute(2, 0, 1, 3).reshape(n_groups, -1, n_maps)
 
 
@@ -480,7 +483,7 @@ def split(lines, share):
     """
     if not share or len(lines) < 5:
         return lines, []
-    count = max(1, math.floor(share * len(lines)))
+    count = min(_VALIDATION_FRAMES, max(1, math.floor(share * len(lines))))  # each gives a frame at least
     held_out = sorted(lines, key=lambda line: digest(line[0].key))[:count]
     keys = {track.key for line in held_out for track in line}
     training = [line for line in lines if keys.isdisjoint(track.key for track in line)]

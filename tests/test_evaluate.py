@@ -7,11 +7,14 @@ import soundfile
 import tiny
 import torch
 
+from gae import audio
 from gae import evaluate as judging
+from gae.cqt import frames as cqt_frames
 from gae.errors import FormatError, ParamsError
 from gae.evaluate import LABELS, chroma, comparison, evaluate, heldout_pieces, judge, reconstruction_error, table
 from gae.files import read_json
 from gae.model import save_model
+from gae.modelfile import load_model
 from gae.params import Evaluate, Params, Train
 
 RATE = tiny.CQT.sample_rate
@@ -145,6 +148,15 @@ def test_reports_travel_between_processes_and_pieces_without_beats_are_no_failur
     assert original.shape == transposed.shape == (40, 4, tiny.CQT.n_bins)
     assert report["alignment"] == {}
     assert report["reconstruction"] > 0
+
+
+def test_the_frames_judged_are_those_that_are_converted(tmp_path, model):
+    """Of silence after sound too, where rounding leaves dust."""
+    sound = play(np.arange(6, 12), 0.05 + 0.3 * np.arange(7), 0, 0.5)
+    soundfile.write(tmp_path / "song.wav", np.concatenate([sound, np.zeros(2 * RATE), sound, np.zeros(2 * RATE)]), RATE, subtype="FLOAT")
+    expected = cqt_frames(audio.load(tmp_path / "song.wav", tiny.CQT.sample_rate), tiny.CQT)
+    assert np.array_equal(judging._represent(tmp_path / "song.wav", load_model(model), 0)["cqt"], expected)
+    assert not expected[-10:].any()
 
 
 def test_all_features_are_judged_on_the_same_frames(corpus, model):

@@ -33,6 +33,14 @@ def test_a_tie_is_a_miss():
     assert not invariance_top1(np.zeros((5, 4), np.float32), candidates).any()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_tie_is_a_miss_wherever_it_lies(dtype):
+    """Matrix products round the same sum differently in different columns."""
+    candidates = np.tile(random(600, 64), (2, 1)).astype(dtype)
+    queries = candidates + (0.1 * random(1200, 64, seed=1)).astype(dtype)
+    assert not invariance_top1(queries, candidates).any()
+
+
 def test_best_version_of_a_query_counts():
     candidates = random(20, 12)
     versions = np.stack([np.roll(candidates, shift, axis=1) for shift in (3, 5, 0)])

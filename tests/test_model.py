@@ -12,6 +12,7 @@ import tiny
 import torch
 from safetensors.numpy import load_file, save_file
 
+from gae import model as module
 from gae.errors import FormatError
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.modelfile import load_model
@@ -237,7 +238,7 @@ def test_the_originals_objective_follows_the_formula(network):
     assert terms["loss"].item() == pytest.approx(error + 1e-2 * lee(mappings) + 1e-3 * decay, rel=1e-4)
 
 
-@pytest.mark.parametrize(("contrast_frames", "n_groups"), [(1000, 1), (18, 2), (9, 4), (2, 12)])
+@pytest.mark.parametrize(("contrast_frames", "n_groups"), [(1000, 1), (18, 2), (9, 4), (7, 6), (2, 12)])
 def test_the_objective_of_invariance_follows_the_formula(network, contrast_frames, n_groups):
     x, y, contexts, one_view = two_sides()
     (x1, x2), (y1, y2) = x, y
@@ -275,6 +276,31 @@ def test_an_excerpt_of_silence_has_a_loss(network):
         terms["loss"].backward()
         assert all(term.isfinite() for term in terms.values())
         assert all(weight.grad is None or weight.grad.isfinite().all() for weight in network.parameters())
+
+
+def test_rests_after_sound_weigh_no_more_than_sound(network):
+    """Their contexts hold sound, and a share of nothing is without bounds."""
+    x, y, contexts, one_view = two_sides()
+    objective = Objective(network, settings(contrast=0.3))
+    resting = objective(x, torch.zeros_like(y), contexts, one_view, 0.3)
+    assert resting["reconstruction"] < 20 * objective(x, y, contexts, one_view, 0.3)["reconstruction"]
+
+
+def test_gradients_reach_the_frames(network):
+    frames = torch.from_numpy(tiny.frames(REACH + 3, 5)).double().requires_grad_()
+    network = network.double()
+    assert torch.autograd.gradcheck(lambda f: network.mapping(f[None, :-1], f[None, REACH:]), frames)
+
+
+def test_a_gradient_of_many_pieces_is_as_precise_as_one_of_few(monkeypatch):
+    """In bf16 a running sum no longer grows once it is 256 times what is added."""
+    frames, contexts, gradients = torch.rand(64, 8).bfloat16(), torch.randint(0, 64, (20_000, 2)), []
+    for piece in (16, 20_000):
+        monkeypatch.setattr(module, "_PIECE", piece)
+        filters = torch.rand(3, 16).bfloat16().requires_grad_()
+        module._Responses.apply(frames, contexts, filters).sum().backward()
+        gradients.append(filters.grad.float())
+    assert torch.allclose(*gradients, rtol=0.02)
 
 
 @pytest.fixture
@@ -359,6 +385,16 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(saved, monkeypatch):
 
     monkeypatch.setattr("builtins.open", closed)
     assert "cannot be read (Permission denied)" in refuse(saved)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "BF16"])
+def test_weights_of_types_that_numpy_does_not_know_are_refused(saved, kind):
+    header, data = parts(saved)
+    begin, end = header["map_1.bias"]["data_offsets"]
+    count = (end - begin) // (2 if kind == "BF16" else 1)
+    header["map_1.bias"] |= {"dtype": kind, "shape": [count]}
+    rewrite(saved, header, data)
+    refuse(saved)
 
 
 @pytest.mark.filterwarnings("error")

@@ -95,6 +95,11 @@ def test_every_picture_is_drawn(run, in_this_process):
     assert dict(matplotlib.rcParams) == before
 
 
+def test_a_passage_shorter_than_a_frame_is_drawn_as_two_frames(run, in_this_process):
+    draw(Params(plot=PLOT.model_copy(update={"seconds": 0.001})), *run)
+    assert is_a_picture(run[-1] / "transposition.png")
+
+
 def test_pictures_need_the_models_frames(run, in_this_process):
     save_model(run[2], tiny.model().network, Cqt(n_bins=36, sample_rate=8000, fmin=100.0))
     with pytest.raises(FormatError, match="other cqt parameters"):

@@ -519,6 +519,19 @@ def test_a_loss_diverges_beside_the_first_at_the_same_weight(shards, tmp_path, q
     assert losses[-1] < losses[0]
 
 
+def test_a_first_loss_by_chance_small_is_no_measure(shards, tmp_path, quiet, monkeypatch):
+    """Such as that of a batch of rests."""
+    update = Run.update
+
+    def resting(run, batch):
+        update(run, batch)
+        if run.step == 1:
+            run._window[-1]["loss"] = 0.01 * run._window[-1]["loss"]
+
+    monkeypatch.setattr(Run, "update", resting)
+    learn(recipe(steps=300), shards, tmp_path)
+
+
 class FakeTrack:
     n_frames = 100
 
@@ -536,7 +549,18 @@ def keys_of(lines):
 
 @pytest.mark.parametrize(
     ("n", "share", "count"),
-    [(4, 0.5, 0), (5, 0.1, 1), (5, 0.2, 1), (10, 0.1, 1), (15, 0.1, 1), (10, 0, 0), (20, 0.1, 2), (39, 0.1, 3), (100, 0.5, 50)],
+    [
+        (4, 0.5, 0),
+        (5, 0.1, 1),
+        (5, 0.2, 1),
+        (10, 0.1, 1),
+        (15, 0.1, 1),
+        (10, 0, 0),
+        (20, 0.1, 2),
+        (39, 0.1, 3),
+        (100, 0.5, 50),
+        (3000, 0.5, 1200),
+    ],
 )
 def test_the_split_is_disjoint_and_as_large_as_asked(n, share, count):
     lines = lines_of(*(f"track{number} view{number}" for number in range(n)))
