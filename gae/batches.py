@@ -1,4 +1,4 @@
-"""What training sees: random excerpts from the shards, transposed, in pairs, the contexts of some at another tempo.
+"""What training sees: random excerpts from the shards, transposed, in pairs, some at another tempo and through other filters.
 
 Every draw of a step follows from the seed and the number of the step alone. Training can stop and go on anywhere, and any
 number of processes together see what one alone would see.
@@ -20,7 +20,7 @@ _CACHE_BYTES = 64 << 20  # of frames kept in memory, whatever the size of the co
 
 
 class Batch(NamedTuple):
-    """Excerpts, each on two sides that differ by a transposition and maybe in sound and tempo: frames, and their contexts.
+    """Excerpts, each on two sides that differ by a transposition and maybe in sound, colour and tempo: frames, and their contexts.
 
     Attributes
     ----------
@@ -74,6 +74,7 @@ class Excerpts:
         dtype = np.result_type(*{track.dtype for track in shards.tracks.values()})
         self._sides = np.empty((2, len(self.own), self.length, shards.cqt.n_bins), dtype)
         self._chunk = _Chunks(shards, dtype)
+        self._waves = equaliser_waves(shards.cqt.n_bins)
 
     def batches(self, first, last):
         """Yield the `Batch` of each of the steps `first` to `last` (excluded), each prepared while its predecessor is used.
@@ -96,6 +97,7 @@ class Excerpts:
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
         self._sides.fill(0)
         one_view, tempi = np.empty(len(self.own), bool), np.ones((2, len(self.own)))
+        bends = np.zeros((2, len(self.own), len(self._waves)), np.float32)
         masks = np.zeros(self._sides.shape, np.float32) if self.train.dropout else None
         for place, n in enumerate(self.own):
             rng = np.random.default_rng([self.train.seed, step, n])
@@ -104,8 +106,13 @@ class Excerpts:
                 self._mask(rng, shifts, masks[:, place])
             if not one_view[place]:
                 tempi[int(rng.integers(2)), place] = (1 + self.train.stretch) ** rng.uniform(-1, 1)
+                if self.train.equaliser:
+                    bends[:, place] = self.train.equaliser * rng.standard_normal((2, len(self._waves)))
         sides = np.empty(self._sides.shape, np.float32) if room is None else room
         torch.from_numpy(sides).copy_(torch.from_numpy(self._sides))  # NumPy takes several times as long
+        if self.train.equaliser:
+            for side, bend in zip(sides, bends, strict=True):
+                _colour(side, ~one_view, np.exp(bend @ self._waves))
         y = sides[:, :, self.n_before :: self.train.stride]
         return Batch(sides * masks if self.train.dropout else sides, y, self._contexts(tempi), one_view)
 
@@ -145,6 +152,29 @@ class Excerpts:
             first = number * _CHUNK - start  # of the chunk, counted from the excerpt's
             part = self._chunk(key, number)[max(0, -first) : self.length - first]
             transpose(part, shift, out[max(0, first) :][: len(part)])
+
+
+def equaliser_waves(n_bins, count=6):
+    """Smooth waves over the bins, of which random equalisers are made: (2 * count, n_bins).
+
+    Cosines and sines of half a period to `count` halves, the quicker the smaller. With normal weights their sums have a standard
+    deviation of 1 at each bin. Filters at random as in H. Nam, S.-H. Kim, Y.-H. Park: FilterAugment, ICASSP 2022, but smooth.
+    """
+    halves = np.arange(1, count + 1)[:, None]
+    phases = np.pi * halves * (np.arange(n_bins) + 0.5) / n_bins
+    return (np.concatenate([np.cos(phases), np.sin(phases)]) / np.sqrt(np.tile(halves, (2, 1)) * (1 / halves).sum())).astype(np.float32)
+
+
+def _colour(excerpts, which, gains):
+    """Pass `which` of the excerpts (n, length, n_bins) through equalisers, their `gains` (n, n_bins), and standardise the frames again.
+
+    Compressed magnitudes, but for their scale, are what rises above the least bin of a frame; that is multiplied. Like a filter it
+    changes what is loud, and lifts nothing out of silence.
+    """
+    some = torch.from_numpy(excerpts[which])
+    some.sub_(some.amin(-1, keepdim=True)).mul_(torch.from_numpy(gains[which][:, None]))
+    some.sub_(some.mean(-1, keepdim=True))
+    excerpts[which] = some.div_(some.norm(dim=-1, keepdim=True).clamp_min(1e-8))
 
 
 class _Chunks:

@@ -164,6 +164,9 @@ class Train(Section):
     contrast_frames: int = Field(1024, ge=2, le=1_000_000, description="frames that are contrasted with each other, in groups of this size")
     view_share: float = Field(0.5, ge=0, le=1, description="share of the excerpts whose positives come from another view")
     stretch: float = Field(0.25, ge=0, le=0.5, description="largest change of tempo of a context whose positives come from another view")
+    equaliser: float = Field(
+        0.0, ge=0, le=2, description="strength of random equalisers on both sides of such an excerpt: the standard deviation of ln(gain)"
+    )
     validation: float = Field(0.1, ge=0, le=0.5, description="share of the list held out to select the weights by their invariance")
     patience: int = Field(0, ge=0, description="validations without a better result that end training; 0 does all steps")
     averaging: float = Field(0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0 keeps the last")

@@ -40,7 +40,7 @@ def origin(frames):
 
 
 def excerpts(shards, rank=0, world=1, lags=LAGS, **settings):
-    settings = {"block": 24, "batch": 6, "stride": 1, "dropout": 0.0, "shift": 16, "stretch": 0.0, **settings}
+    settings = {"block": 24, "batch": 6, "stride": 1, "dropout": 0.0, "shift": 16, "stretch": 0.0, "equaliser": 0.0, **settings}
     return Excerpts(shards, shards.lines, lags, Train(**settings), rank, world)
 
 
@@ -104,6 +104,61 @@ def test_another_views_context_is_read_at_another_tempo(shards):
 def test_the_original_reads_no_other_tempo(shards):
     batch, plain = (excerpts(shards, objective="reconstruction", stretch=stretch).batch(0) for stretch in (0.4, 0.0))
     assert equal(batch, plain)
+
+
+@pytest.fixture(scope="module")
+def music(tmp_path_factory):
+    """Two performances in two views each, standardised frames; the first 40 of each are silent."""
+    folder = tmp_path_factory.mktemp("music") / "shards"
+    tracks = [tiny.frames(200, seed, BINS) for seed in range(4)]
+    for frames in tracks:
+        frames[:40] = 0
+    tiny.write_shards(folder, [tracks[:2], tracks[2:]])
+    with Shards(folder) as shards:
+        yield shards
+
+
+def test_another_views_excerpts_pass_equalisers(music):
+    """One for each side, the same at all times; what comes out is standardised, and silence stays silence."""
+    seen = []
+    for step in range(20):
+        plain, made = (excerpts(music, shift=0, equaliser=strength).batch(step) for strength in (0.0, 0.5))
+        assert np.array_equal(made.one_view, plain.one_view) and np.array_equal(made.contexts, plain.contexts)
+        one, other = made.one_view, np.flatnonzero(~made.one_view)
+        assert np.array_equal(made.x[:, one], plain.x[:, one])
+        silent = ~plain.x.any(-1)
+        assert np.array_equal(~made.x.any(-1), silent)
+        assert np.allclose(made.x.sum(-1), 0, atol=1e-5) and np.allclose(np.linalg.norm(made.x, axis=-1)[~silent], 1, atol=1e-5)
+        assert np.array_equal(made.y, made.x[:, :, CONTEXT:])
+        for side, n in [(side, n) for side in (0, 1) for n in other]:
+            before, after = (frames[~silent[side, n]] for frames in (plain.x[side, n], made.x[side, n]))
+            before, after = (frames - frames.min(1, keepdims=True, initial=0) for frames in (before, after))
+            loud = (before > 0.05).all(0)
+            if len(before) > 1 and loud.sum() > 1:
+                gains = after[:, loud] / before[:, loud]
+                gains /= gains[:, :1]  # each frame is scaled to unit norm
+                seen.append(gains[0])
+                assert np.allclose(gains, gains[0], rtol=1e-2)
+    assert len(seen) > 20 and np.std(np.concatenate(seen)) > 0.2
+
+
+def test_equalisers_are_smooth_and_as_strong_as_asked():
+    waves = module.equaliser_waves(BINS)
+    assert np.allclose(np.square(waves).sum(0), 1, atol=1e-5)  # the variance of a sum with normal weights
+    assert np.abs(np.diff(waves, axis=1)).max() < 0.5
+
+
+def test_the_original_knows_no_equalisers(music):
+    batch, plain = (excerpts(music, objective="reconstruction", equaliser=strength).batch(0) for strength in (0.5, 0.0))
+    assert equal(batch, plain)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_equalisers_do_not_depend_on_the_number_of_processes(music, world):
+    whole = excerpts(music, equaliser=0.5).batch(3)
+    parts = [excerpts(music, rank, world, equaliser=0.5).batch(3) for rank in range(world)]
+    for rank, part in enumerate(parts):
+        assert np.array_equal(part.x, whole.x[:, rank::world]) and np.array_equal(part.y, whole.y[:, rank::world])
 
 
 def drawn(made, n_steps):
