@@ -49,6 +49,7 @@ VARIATIONS = {
     "no-views": ["train.view_share=0"],
     "stretch-0": ["train.stretch=0"],
     "stretch-0.5": ["train.stretch=0.5"],
+    "equaliser-0.3": ["train.equaliser=0.3"],
     "shift-6": ["train.shift=6"],
     "shift-24": ["train.shift=24"],
     "context-9-of-9": ["model.context=9", "model.dilation=1", "model.growth=0"],  # the original's
