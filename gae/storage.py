@@ -71,10 +71,11 @@ def _folders(folder, above=()):
     if any(os.path.commonpath([real, outer]) == real for outer in above):
         return
     yield folder
+    names = []
     with suppress(OSError), os.scandir(folder or os.curdir) as entries:  # one that can't be read is passed over, as by glob
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        for name in names:
-            yield from _folders(os.path.join(folder, name), (*above, real))
+    for name in names:
+        yield from _folders(os.path.join(folder, name), (*above, real))
 
 
 def stamp(path):
