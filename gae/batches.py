@@ -169,7 +169,7 @@ def _colour(excerpts, which, gains):
     """Pass `which` of the excerpts (n, length, n_bins) through equalisers, their `gains` (n, n_bins), and standardise the frames again.
 
     Compressed magnitudes, but for their scale, are what rises above the least bin of a frame; that is multiplied. Like a filter it
-    changes what is loud, and lifts nothing out of silence.
+    changes what is loud, and lifts nothing out of silence. The rest is `gae.cqt.standardise` in place, by PyTorch for its speed.
     """
     some = torch.from_numpy(excerpts[which])
     some.sub_(some.amin(-1, keepdim=True)).mul_(torch.from_numpy(gains[which][:, None]))

@@ -251,8 +251,9 @@ class Run:
 
     @property
     def first_loss(self):
-        """What the loss was at the start, at the worst of a few pauses, had the contrast weighed what it does now."""
-        train, first = self.params.train, max(self.history[:4], key=lambda row: row["loss"])
+        """What the loss was at the start, had the contrast weighed what it does now."""
+        # the first step alone may have met a batch of rests; what comes after the second pause may have diverged already
+        train, first = self.params.train, max(self.history[:2], key=lambda row: row["loss"])
         return first["loss"] + (contrast_weight(self.step, train) - train.contrast) * first.get("contrast", 0.0)
 
     def validate(self):

@@ -532,6 +532,19 @@ def test_a_first_loss_by_chance_small_is_no_measure(shards, tmp_path, quiet, mon
     learn(recipe(steps=300), shards, tmp_path)
 
 
+def test_a_loss_that_rises_soon_after_the_start_diverges(shards, tmp_path, quiet, monkeypatch):
+    update = Run.update
+
+    def rising(run, batch):
+        update(run, batch)
+        if run.step > 50:
+            run._window[-1]["loss"] = 100 * run._window[-1]["loss"]
+
+    monkeypatch.setattr(Run, "update", rising)
+    with pytest.raises(TrainingError, match="the loss diverges"):
+        learn(recipe(steps=300), shards, tmp_path)
+
+
 class FakeTrack:
     n_frames = 100
 
