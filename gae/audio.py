@@ -1,5 +1,6 @@
 """Audio files to mono samples. Every way in which a file can be broken has its error here."""
 
+import io
 import os
 import re
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
 _SHORTENED = re.compile(r"^\s*(?:data|SSND|riff|Riff size|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAMED = (1 << 31, 1 << 32, 1 << 63, 1 << 64)  # about what programs claim that can't know a length beforehand, in bytes
 _OGG_TAIL = 2 * 65307  # bytes at the end of an Ogg file that hold its last page
+_MP3_REST = 1 << 24  # bytes after the last that was read of an MP3 file, in which more of it is looked for
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,9 @@ def _open(path):
     if file.format == "OGG" and "Junk after the last page" in file.extra_info:  # libsndfile reads the first and stops
         file.close()
         raise AudioError(f"{path}: several recordings one after the other, as web radio is saved; split it, or encode it again as one")
+    if file.format == "MP3":
+        file.close()
+        file = soundfile.SoundFile(os.open(path, os.O_RDONLY))  # by number, which tells how far it was read
     return file
 
 
@@ -190,6 +195,21 @@ def _has_last_page(path):
         if page.end() + page[1][0] + sum(sizes) <= len(tail):
             return True
     return False
+
+
+def _sounds_on(path, start):
+    """Whether an MP3 file holds more than tags from a byte on.
+
+    Libsndfile reads as many frames as the first header promises, or as the size of the first frame suggests.
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        rest = file.read(_MP3_REST).lstrip(b"\0")
+    try:
+        with soundfile.SoundFile(io.BytesIO(rest[128:] if rest.startswith(b"TAG") else rest)) as more:
+            return more.format == "MP3" and more.frames > _SLACK * more.samplerate
+    except soundfile.LibsndfileError:
+        return False
 
 
 def _decoded(file, path):
@@ -215,6 +235,11 @@ def _decoded(file, path):
     if total < (promised := _promised(file)) - slack * file.samplerate:
         raise AudioError(
             f"{path}: truncated, {total / file.samplerate:.1f} s of {promised / file.samplerate:.1f} s are there; copy it again"
+        )
+    if file.format == "MP3" and _sounds_on(path, os.lseek(file.name, 0, os.SEEK_CUR)):
+        raise AudioError(
+            f"{path}: goes on after the {total / file.samplerate:.1f} s that can be read, as MP3 files do that were joined, or whose rate "
+            "varies and no header says so; encode it again"
         )
 
 

@@ -219,6 +219,34 @@ def test_an_mp3_without_a_length_is_audio(write):
     assert audio.claimed_seconds(path) > 3 and audio.probe(path).seconds == pytest.approx(2, abs=0.15)
 
 
+@pytest.fixture
+def mp3(write):
+    """Noise, which takes large frames, and then a tone, which takes small ones, at a rate that varies."""
+    sound = np.concatenate([np.random.default_rng(0).uniform(-0.5, 0.5, 44100), tiny.tone(5, 22050)])
+    return write("song.mp3", sound, bitrate_mode="VARIABLE")
+
+
+def test_mp3_files_joined_in_one_are_refused(mp3):
+    """With tags between them or without: libsndfile reads the first alone."""
+    whole = mp3.read_bytes()
+    for between in (b"", b"TAG" + bytes(125), bytes(1000), b"ID3\4\0\0\0\0\1\0" + bytes(128)):
+        mp3.write_bytes(whole + between + whole)
+        assert "goes on after the 7.0 s" in refuse(mp3)
+
+
+def test_an_mp3_of_which_libsndfile_reads_a_part_is_refused(mp3):
+    whole = mp3.read_bytes()
+    second = whole.index(whole[:2], 4)  # the first frame holds Xing's header, with the number of frames
+    mp3.write_bytes(whole[second:])
+    assert audio.claimed_seconds(mp3) < 5 and "goes on after" in refuse(mp3)
+
+
+@pytest.mark.parametrize("tag", [b"TAG" + bytes(range(125)), b"APETAGEX" + b"\xff\xd8\xff\xe0" * 1000, bytes(5000), bytes(range(256)) * 20])
+def test_what_is_no_sound_may_follow_an_mp3(mp3, tag):
+    mp3.write_bytes(mp3.read_bytes() + tag)
+    assert audio.probe(mp3).seconds == pytest.approx(7, abs=0.1)
+
+
 def test_an_mp3_whose_length_is_misjudged_is_audio():
     path = Path(__file__).parents[2] / "shared/data/jkupdd/wtc2f20-poly.mp3"
     if not path.exists():
