@@ -138,32 +138,35 @@ class GatedAutoencoder(nn.Module):
 class _Responses(torch.autograd.Function):
     """Products of contexts, rows (n, context) of frames, with filters (n_factors, context * n_bins): (n, n_factors).
 
-    Matrix products over copied contexts are faster than any convolution of full height. Copies are made piece by piece, and again
-    for the derivative: all of them at once would fill the memory that a cache of the processor saves.
+    Matrix products over copied contexts are faster than any convolution of full height. Copies are made piece by piece, so that one is
+    multiplied while the processor's cache still holds some of it; where there will be a derivative they are kept for it.
     """
 
     @staticmethod
     def forward(ctx, frames, contexts, filters):
-        ctx.save_for_backward(frames, contexts, filters)
-        return torch.cat([_copied(frames, rows) @ filters.mT for rows in contexts.split(_PIECE)])
+        responses, copies = [], []
+        for rows in contexts.split(_PIECE):
+            copy = frames.index_select(0, rows.flatten()).view(len(rows), -1)
+            responses.append(copy @ filters.mT)
+            if ctx.needs_input_grad[2]:
+                copies.append(copy)
+        ctx.save_for_backward(frames, contexts, filters, *copies)
+        return torch.cat(responses)
 
     @staticmethod
     def backward(ctx, gradient):
-        frames, contexts, filters = ctx.saved_tensors
-        # pieces are added up in single precision at least: in bf16 a sum of many would stop growing
-        to_filters = torch.zeros_like(filters, dtype=torch.promote_types(filters.dtype, torch.float32))
-        for rows, part in zip(contexts.split(_PIECE), gradient.split(_PIECE), strict=True):
-            to_filters += part.mT @ _copied(frames, rows)
-        to_frames = None
+        frames, contexts, filters, *copies = ctx.saved_tensors
+        to_frames = to_filters = None
+        if copies:
+            # pieces are added up in single precision at least: in bf16 a sum of many would stop growing
+            to_filters = torch.zeros_like(filters, dtype=torch.promote_types(filters.dtype, torch.float32))
+            for copy, part in zip(copies, gradient.split(_PIECE), strict=True):
+                to_filters += part.mT @ copy
+            to_filters = to_filters.to(filters.dtype)
         if ctx.needs_input_grad[0]:
             parts = (gradient @ filters).view(-1, frames.shape[1])
             to_frames = torch.zeros_like(frames).index_add_(0, contexts.flatten(), parts)
-        return to_frames, None, to_filters.to(filters.dtype)
-
-
-def _copied(frames, rows):
-    """Frames of contexts (n, context) side by side: (n, context * n_bins)."""
-    return frames.index_select(0, rows.flatten()).view(len(rows), -1)
+        return to_frames, None, to_filters
 
 
 def sparsity(mapping):
