@@ -213,7 +213,7 @@ class Evaluate(Section):
 class Plot(Section):
     """What is drawn."""
 
-    interval: int = Field(2000, ge=1, description="steps of training between two drawings of the network")
+    interval: int = Field(2000, ge=1, description="steps of training between two drawings of the network; of the next training")
     seconds: float = Field(20.0, gt=0, le=3600, description="length of the excerpts drawn, in s")
     filters: int = Field(48, ge=1, le=4096, description="filters drawn")
     dpi: int = Field(110, ge=30, le=600, description="resolution, in dots an inch")

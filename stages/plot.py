@@ -7,7 +7,7 @@ from gae.plot import draw
 if __name__ == "__main__":
     with stage(
         __doc__,
-        reads=["plot", "convert.weights", "compute"],
+        reads=["plot.seconds", "plot.filters", "plot.dpi", "convert.weights", "compute"],
         corpus="data/corpus",
         shards="data/shards/convert",
         tracks="features",

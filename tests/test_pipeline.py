@@ -28,6 +28,7 @@ CHANGES = {
     "convert": (lambda project: project.set("convert.dtype", "float16"), {"convert", "plot"}),
     "evaluate": (lambda project: project.set("evaluate.frames", 15), {"evaluate", "plot"}),
     "plot": (lambda project: project.set("plot.dpi", 50), {"plot"}),
+    "how often training is drawn": (lambda project: project.set("plot.interval", 7), set()),
     "compute": (lambda project: project.set("compute.workers", 2), set()),
     "comment in params.yaml": (lambda project: project.append("params.yaml", "# no parameter"), set()),
 }
