@@ -73,8 +73,9 @@ def remove_own(folder, names):
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    if not folder.is_symlink():  # somebody's way to another disk
+        with suppress(OSError):  # others' files are in it, or a disk is mounted there
+            folder.rmdir()
 
 
 def write_json(path, value, durable=True):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gae.files import content_hash, digest, read_json, replacing, sweep, write_json
+from gae.files import content_hash, digest, read_json, remove_own, replacing, sweep, write_json
 
 
 def names(folder):
@@ -76,6 +76,14 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     sweep(tmp_path)
     assert names(tmp_path) == ["folder/.hidden"]
     sweep(tmp_path / "nowhere")
+
+
+def test_a_link_to_another_disk_stays(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "ours").symlink_to(tmp_path / "scratch")
+    (tmp_path / "ours" / "ab").write_text("made by us")
+    remove_own(tmp_path / "ours", "ab")
+    assert (tmp_path / "ours").is_symlink() and not any((tmp_path / "scratch").iterdir())
 
 
 json = st.recursive(
