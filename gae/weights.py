@@ -30,6 +30,7 @@ _TYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2"}
 _TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2"}
 _PARAMETERS = {"_rebuild_parameter", "_rebuild_parameter_with_state", "Parameter"}
 _WANTED = ("conv_x.weight", "conv_y.weight", "conv_m1.weight", "conv_m1.bias", "conv_m2.weight", "conv_m2.bias")
+_UNUSED = {"bias_x"}  # the mapping does without it
 _NAMES = {
     "collections": {"OrderedDict"},
     "builtins": {"set"},
@@ -87,6 +88,8 @@ def read_original(path):
     try:
         saved, storage = _read_zip(data) if data.startswith(b"PK") else _read_row(data)
         parameters = _parameters(saved)
+        if others := sorted(parameters.keys() - {*_WANTED, *_UNUSED}):
+            raise FormatError(f"refused {', '.join(others)}, which the original does not have")
         wx, wy, m1, b1, m2, b2 = (_tensor(parameters[name], storage) for name in _WANTED)
         return from_arrays(wx.squeeze(1).transpose(0, 2, 1), wy.squeeze((1, 2)), m1.squeeze((2, 3)), b1, m2.squeeze((2, 3)), b2)
     except FormatError as error:
@@ -130,7 +133,7 @@ def from_arrays(wx, wy, m1, b1, m2, b2):
         "map_2.bias": b2,
     }
     with np.errstate(over="ignore"):  # what becomes infinite is refused below
-        weights = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+        weights = {name: np.array(array, np.float32, order="C") for name, array in arrays.items()}
     try:
         sizes = params.Model(n_factors=n_factors, n_hidden=len(m1), n_maps=len(m2), context=context, dilation=1, growth=0, input_scale=1.0)
         cqt = params.Cqt(sample_rate=22050, hop_length=448, fmin=65.4, n_bins=n_bins, bins_per_octave=24, compression="none")
@@ -187,7 +190,8 @@ def _parameters(saved):
     if isinstance(saved, dict):  # its state_dict alone
         return saved
     layers = saved.state["_modules"]
-    return {f"{layer}.{name}": value for layer in layers for name, value in layers[layer].state["_parameters"].items()}
+    named = {f"{layer}.{name}": value for layer in layers for name, value in layers[layer].state["_parameters"].items()}
+    return {name: value for name, value in named.items() if value is not None}  # a bias that a layer does without
 
 
 def _tensor(record, storage):

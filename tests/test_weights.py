@@ -110,6 +110,17 @@ def test_sizes_are_read_from_the_tensors(cgae, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_tensors_that_the_original_lacks_are_refused(cgae, tmp_path):
+    """A bias of conv_x would change the mapping."""
+    network = cgae.C_GAE()
+    network.conv_x = torch.nn.Conv2d(1, 256, (9, 120), padding=(4, 0))
+    for saved in (network, network.state_dict()):
+        torch.save(saved, tmp_path / "model.save")
+        with pytest.raises(FormatError, match=r"refused conv_x\.bias, which the original does not have"):
+            read_original(tmp_path / "model.save")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_views(cgae, tmp_path):
     network = cgae.C_GAE(bins=48, factors=20)
     network.conv_x.weight.data = torch.randn(9, 48, 22)[:, :, 2:].permute(2, 0, 1)[:, None]
@@ -344,6 +355,14 @@ def test_weights_that_are_no_numbers(cgae, tmp_path):
     torch.save(network, tmp_path / "model.save")
     with pytest.raises(FormatError, match="NaN"):
         read_original(tmp_path / "model.save")
+
+
+def test_arrays_stay_the_callers():
+    given = [np.ones(shape, np.float32) for shape in [(4, 12, 3), (4, 12), (3, 4), (3,), (2, 3), (2,)]]
+    model = from_arrays(*given)
+    assert all(array.flags.writeable for array in given)
+    given[1][:] = 0
+    assert model.weights["filters_y"].all()
 
 
 def test_published_arrays_make_a_model():
