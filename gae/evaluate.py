@@ -83,7 +83,7 @@ def evaluate(params, corpus, model, out, metrics, text):
     write_json(out, figures)
     write_json(metrics, comparison(figures))
     with replacing(text) as partial:
-        partial.write_text(table(figures) + "\n")
+        partial.write_text(table(figures) + "\n", encoding="utf-8")
     print(table(figures))
 
 

@@ -108,6 +108,8 @@ class Shards:
         try:
             lines = [[view["key"] for view in line] for line in read_json(self.folder / "index.json")["lines"]]
             "".join(key for line in lines for key in line)  # a TypeError where one is no text
+            if not all(lines):
+                raise ValueError
             return lines
         except (OSError, ValueError, KeyError, TypeError):
             raise FormatError(f"{self.folder / 'index.json'}: missing or damaged; run `dvc repro preprocess`") from None

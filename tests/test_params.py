@@ -1,4 +1,6 @@
+import io
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gae import params
+from gae.commandline import stage
 from gae.errors import ParamsError
 from gae.params import Params
 
@@ -267,3 +270,12 @@ def test_help_tells_every_parameter_of_a_stage():
     assert "cqt.hop_length = 448  time between frames, in samples" in lines[1]
     for section, key in KEYS:
         assert params.describe([f"{section}.{key}"]).split(" = ")[1].split(maxsplit=1)[1], f"{section}.{key} has no meaning"
+
+
+def test_a_stage_prints_what_the_terminal_can_show(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    with stage("A stage.", reads=["plot"]):
+        print("90.1 ± 2.0", flush=True)
+    assert shown.getvalue() == b"90.1 ? 2.0\n"

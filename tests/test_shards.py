@@ -293,7 +293,19 @@ def test_shards_of_different_parameters_are_refused(folder, tracks):
 
 
 @pytest.mark.parametrize(
-    "index", [None, "", "{", "[]", '{"lines": 3}', '{"lines": [[{}]]}', '{"lines": [[{"key": []}]]}', '{"lines": [[3]]}', '{"lines": null}']
+    "index",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        '{"lines": 3}',
+        '{"lines": [[{}]]}',
+        '{"lines": [[{"key": []}]]}',
+        '{"lines": [[3]]}',
+        '{"lines": null}',
+        '{"lines": [[]]}',
+    ],
 )
 def test_a_broken_index_is_refused(folder, index):
     (folder / "index.json").unlink() if index is None else (folder / "index.json").write_text(index)
