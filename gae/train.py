@@ -168,9 +168,9 @@ class Run:
 
     def __init__(self, fabric, params, shards, checkpoints):
         self.fabric, self.params, self.shards = fabric, params, shards
+        usable = long_enough(shards.lines, n_frames_before(params.model.reach, params.train) + params.train.block)
         dtypes = sorted({track.dtype for track in shards.tracks.values()})
         self.data = digest([read_json(shards.folder / "index.json"), shards.cqt.model_dump(), dtypes])
-        usable = long_enough(shards.lines, n_frames_before(params.model.reach, params.train) + params.train.block)
         lines, held_out = split(usable, params.train.validation)
         self.excerpts = Excerpts(shards, lines, params.model.lags, params.train, fabric.global_rank, fabric.world_size)
         self.validation = Validation(shards, held_out, params.model.reach, params.train.seed)
@@ -184,17 +184,15 @@ class Run:
         objective = Objective(self.model, params.train, _gatherer(fabric))
         self.objective, *self.optimisers = fabric.setup(_compiled(objective) if params.train.compile else objective, *optimisers)
 
-        self.step, self.history, self.seconds = 0, [], 0.0
+        self.step, self.good_step, self.history, self.seconds = 0, 0, [], 0.0
         self.best_score, self.best_error, self.best_step, self.fruitless = -1.0, 0.0, 0, 0
         self._window = []
         code = code_digest(["batches", "cqt", "measures", "model", "muon", "train"], ["numpy", "torch"])
         frames = sorted({track.code for track in shards.tracks.values()})
         recipe = [params.model.model_dump(), recipe_of(params.train), self.data, frames, code]
-        modules = {"model": self.model, "average": self.average, "best": self.best}
+        modules = {"model": self.model, "average": self.average, "best": self.best, "good": self.good}
         self.store = Checkpoints(checkpoints, digest(recipe), modules, optimisers, fabric)
         vars(self).update(self.store.resume() or {})
-        self.good.load_state_dict(self.average.state_dict())
-        self.good_step = self.step
         self._checkpointed = self._since = time.monotonic()
 
     @property
@@ -220,8 +218,11 @@ class Run:
         except torch._dynamo.exc.BackendCompilerFailed as error:  # at the first step; no public name tells it from other failures
             said = reason(str(error).strip().split("\n\n")[0])
             raise TrainingError(f"train.compile: {said}; install a C++ compiler, or set it to false") from None
-        except torch.OutOfMemoryError:
-            raise TrainingError(f"the GPU's memory does not hold a step; lower train.batch ({train.batch})") from None
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # the GPU's, the processor's
+                raise
+            sizes = f"train.batch ({train.batch}) or train.contrast_frames ({train.contrast_frames})"
+            raise TrainingError(f"memory does not hold a step; lower {sizes}") from None
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -241,20 +242,21 @@ class Run:
         if not (math.isfinite(row["loss"]) and all(weight.isfinite().all() for weight in self.model.parameters())):
             return f"the loss became NaN or infinite between steps {self.good_step} and {self.step}"
         self.history.append({"step": self.step, **row})
-        diverging = row["loss"] > 3 * self.first_loss
+        # the first step alone may have met a batch of rests; what comes after the second pause may have diverged already
+        present, first = self._weighed(row), max(map(self._weighed, self.history[:2]))
+        diverging = present > 3 * first
         if diverging and len(self.history) > 8:  # a rise at the very start may pass
-            return f"the loss diverges: {row['loss']:.3g} at step {self.step}, {self.first_loss:.3g} at the start"
+            return f"the loss diverges: {present:.3g} at step {self.step}, {first:.3g} at the start"
         if not diverging:
             self.good.load_state_dict(self.average.state_dict())
             self.good_step = self.step
         return None
 
-    @property
-    def first_loss(self):
-        """What the loss was at the start, had the contrast weighed what it does now."""
-        # the first step alone may have met a batch of rests; what comes after the second pause may have diverged already
-        train, first = self.params.train, max(self.history[:2], key=lambda row: row["loss"])
-        return first["loss"] + (contrast_weight(self.step, train) - train.contrast) * first.get("contrast", 0.0)
+    def _weighed(self, row):
+        """What the loss of a pause would be if the contrast weighed what it does now."""
+        train = self.params.train
+        weights = {"reconstruction": 1.0, "contrast": contrast_weight(self.step, train), "sparsity": train.sparsity}
+        return sum(weight * row.get(term, 0.0) for term, weight in weights.items())
 
     def validate(self):
         """Score the averaged weights on the tracks kept for it, and keep the newest that come within a standard error of the best.
@@ -280,7 +282,7 @@ class Run:
             return
         self._checkpointed = time.monotonic()
         self.store.save(
-            step=self.step, history=self.history, seconds=self.elapsed(),
+            step=self.step, good_step=self.good_step, history=self.history, seconds=self.elapsed(),
             best_score=self.best_score, best_error=self.best_error, best_step=self.best_step, fruitless=self.fruitless,
         )  # fmt: skip
 
@@ -330,6 +332,7 @@ class View:
         self.live = _Live(str(curves), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
         for row in run.history:
             self._log(row)
+        self.shown = run.step
         self.bar = tqdm(desc="train", unit="step", initial=run.step, total=run.params.train.steps, mininterval=0.5)
         self.frames = run.shards.read(run.excerpts.lines[0][0].key, 0, 1500)
 
@@ -338,8 +341,9 @@ class View:
         row = run.history[-1]
         self._log(row)
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "step"}, refresh=False)
-        due = run.step // run.params.plot.interval > self.bar.n // run.params.plot.interval
-        self.bar.update(run.step - self.bar.n)
+        due = run.step // run.params.plot.interval > self.shown // run.params.plot.interval
+        self.bar.update(run.step - self.shown)
+        self.shown = run.step
         if due or run.ended:
             plot.draw_network(run.average, run.shards.cqt, self.frames, self.kept, run.step)
             plot.draw_losses(run.history, self.kept / "loss.png")
@@ -368,7 +372,12 @@ class View:
 
 
 class _Live(Live):
-    """DVCLive's curves, with a summary that is whole at any time."""
+    """DVCLive's curves, with a summary that is whole at any time, in a folder that may hold other things."""
+
+    def _init_cleanup(self):
+        """Remove the curves of an earlier run; DVCLive's own way would take a dvc.yaml or params.yaml along."""
+        sweep(self.dir)
+        remove_own(Path(self.plots_dir) / "metrics", r".+\.tsv")
 
     def make_summary(self):
         self.summary["step"] = self.step
@@ -459,7 +468,8 @@ class Validation:
         queries, candidates = [], []
         for line in lines:
             last = min(track.n_frames for track in line) - reach - 1
-            shift = int(rng.choice([k for k in range(-6, 7) if k])) * shards.cqt.bins_per_octave // 12
+            semitones = int(rng.choice([k for k in range(-6, 7) if k]))
+            shift = round(semitones * shards.cqt.bins_per_octave / 12) or int(math.copysign(1, semitones))
             for start in rng.integers(0, last + 1, math.ceil(_VALIDATION_FRAMES / len(lines))):
                 queries.append(shards.read(line[0].key, start, start + reach + 1))
                 candidates.append(transpose(shards.read(line[-1].key, start, start + reach + 1), shift))

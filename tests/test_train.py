@@ -150,6 +150,12 @@ def test_the_network_is_drawn_at_the_first_pause_after_each_interval(shards, tmp
     assert sorted(int(path.stem[-7:]) for path in (tmp_path / "network").iterdir()) == drawn
 
 
+def test_drawings_do_not_depend_on_the_bar(shards, tmp_path, quiet, monkeypatch):
+    monkeypatch.setattr(module, "tqdm", partial(module.tqdm, disable=True))
+    learn(recipe().model_copy(update={"plot": params.Plot(interval=50)}), shards, tmp_path)
+    assert sorted(int(path.stem[-7:]) for path in (tmp_path / "network").iterdir()) == [50, 85]
+
+
 def test_the_bar_is_ended_before_an_error_is_told(shards, tmp_path, quiet, monkeypatch, capfd):
     def full(view, row):
         raise OSError
@@ -192,12 +198,14 @@ def test_a_resumed_run_keeps_its_drawings_and_a_new_one_wipes_them(shards, tmp_p
         learn(recipe(), shards, tmp_path)
     curves, network = tmp_path / "training" / "plots" / "metrics", tmp_path / "network"
     (curves / "old.tsv").write_text("from another run")
+    (tmp_path / "training" / ".metrics.json.77.partial").write_text("half")
     (network / ".mapping-0000050.png.77.partial").write_text("half")
     for step in (50, 100):  # `dvc exp run` puts back what the last run that ended drew
         (network / f"mapping-{step:07d}.png").write_text("from another run")
     crash(None)
     learn(recipe(), shards, tmp_path)
     assert {path.name: path.read_text() for path in network.iterdir()} == {f"mapping-{n:07d}.png": str(n) for n in (50, 75, 85)}
+    assert sorted(path.name for path in (tmp_path / "training").iterdir()) == ["metrics.json", "plots"]
     (network / "mapping-0009999.png").write_text("from another run")
     learn(recipe(steps=30), shards, tmp_path)
     assert [path.name for path in network.iterdir()] == ["mapping-0000030.png"]
@@ -205,7 +213,9 @@ def test_a_resumed_run_keeps_its_drawings_and_a_new_one_wipes_them(shards, tmp_p
 
 
 def test_what_else_is_in_its_folders_stays(shards, tmp_path, quiet, crash):
-    mine = [tmp_path / name for name in ("network/figure.png", "training/log.csv", "checkpoints/thesis.safetensors", "checkpoints/notes/a")]
+    names = ["network/figure.png", "checkpoints/thesis.safetensors", "checkpoints/notes/a"]
+    names += [f"training/{name}" for name in ("log.csv", "params.yaml", "dvc.yaml", "report.md", "report.html", "plots/images/a.png")]
+    mine = [tmp_path / name for name in names]
     for file in mine:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
@@ -215,7 +225,7 @@ def test_what_else_is_in_its_folders_stays(shards, tmp_path, quiet, crash):
     crash(None)
     learn(recipe(), shards, tmp_path)
     learn(recipe(steps=30), shards, tmp_path)
-    assert [file.read_text() for file in mine] == ["mine"] * 4
+    assert {file.read_text() for file in mine} == {"mine"}
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["notes", "thesis.safetensors"]
 
 
@@ -503,13 +513,13 @@ def test_the_last_loss_has_the_last_weight(shards, tmp_path, quiet, monkeypatch,
 
 
 def test_a_loss_diverges_beside_the_first_at_the_same_weight(shards, tmp_path, quiet, monkeypatch):
-    """A loss that stays far below the first because the contrast faded: what is left of it has risen ninefold."""
+    """A loss that stays far below the first because the contrast faded: what is left of it has risen fivefold."""
     update = Run.update
 
     def rising(run, batch):
         update(run, batch)
         if run.step > 250:
-            run._window[-1]["loss"] = 9 * run._window[-1]["loss"]
+            run._window[-1] = {name: 5 * value for name, value in run._window[-1].items()}
 
     monkeypatch.setattr(Run, "update", rising)
     settings = recipe(contrast=10, contrast_kept=1e-3, steps=1000)
@@ -526,23 +536,59 @@ def test_a_first_loss_by_chance_small_is_no_measure(shards, tmp_path, quiet, mon
     def resting(run, batch):
         update(run, batch)
         if run.step == 1:
-            run._window[-1]["loss"] = 0.01 * run._window[-1]["loss"]
+            run._window[-1] = {name: 0.01 * value for name, value in run._window[-1].items()}
 
     monkeypatch.setattr(Run, "update", resting)
     learn(recipe(steps=300), shards, tmp_path)
 
 
-def test_a_loss_that_rises_soon_after_the_start_diverges(shards, tmp_path, quiet, monkeypatch):
+def test_nor_is_it_once_the_contrast_has_fallen(shards, tmp_path, quiet, monkeypatch):
+    """What is then left of the loss is the reconstruction, of which a batch of rests had none."""
     update = Run.update
 
-    def rising(run, batch):
+    def resting(run, batch):
+        update(run, batch)
+        if run.step == 1:
+            run._window[-1] = {"loss": torch.tensor(20.0), "contrast": torch.tensor(5.0), "reconstruction": torch.tensor(0.0)}
+
+    monkeypatch.setattr(Run, "update", resting)
+    learn(recipe(steps=300, contrast=4, contrast_kept=1e-3), shards, tmp_path)
+
+
+@pytest.fixture
+def rising(monkeypatch):
+    """Makes the loss rise soon after the start."""
+    update = Run.update
+
+    def rise(run, batch):
         update(run, batch)
         if run.step > 50:
-            run._window[-1]["loss"] = 100 * run._window[-1]["loss"]
+            run._window[-1] = {name: 100 * value for name, value in run._window[-1].items()}
 
-    monkeypatch.setattr(Run, "update", rising)
+    monkeypatch.setattr(Run, "update", rise)
+
+
+def test_a_loss_that_rises_soon_after_the_start_diverges(shards, tmp_path, quiet, rising):
     with pytest.raises(TrainingError, match="the loss diverges"):
         learn(recipe(steps=300), shards, tmp_path)
+
+
+def test_the_last_good_weights_outlast_another_try(shards, tmp_path, quiet, rising):
+    found = []
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="the loss diverges"):
+            learn(recipe(steps=300), shards, tmp_path)
+        found.append((tmp_path / "gae.safetensors").read_bytes())
+    assert found[0] == found[1] and load_model(tmp_path / "gae.safetensors").facts["step"] == 50
+
+
+def test_a_step_too_large_for_memory_says_what_to_lower(shards, tmp_path, quiet, monkeypatch):
+    def full(*_):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(module.Objective, "forward", full)
+    with pytest.raises(TrainingError, match=r"lower train\.batch \(4\) or train\.contrast_frames \(24\)"):
+        learn(recipe(), shards, tmp_path)
 
 
 class FakeTrack:
@@ -682,6 +728,23 @@ def test_validation_knows_invariant_features_from_others(tmp_path):
         assert validation.score(Fake(intervals))[0] > 0.8 and validation.score(Fake(lambda x, y: y))[0] < 0.1
         assert validation.score(Fake(intervals)) == Validation(read, read.lines, 3, seed=1).score(Fake(intervals))
         assert Validation(read, [], 3, seed=1).score(Fake(intervals)) is None
+
+
+@pytest.mark.parametrize(("bins_per_octave", "shifts"), [(5, {-2, -1, 1, 2}), (12, {*range(-6, 0), *range(1, 7)})])
+def test_validation_always_transposes(tmp_path, monkeypatch, bins_per_octave, shifts):
+    seen = []
+    monkeypatch.setattr(module, "transpose", lambda frames, shift: seen.append(shift) or frames)
+    cqt = params.Cqt(**{**tiny.CQT.model_dump(), "bins_per_octave": bins_per_octave, "n_bins": 16})
+    tiny.write_shards(tmp_path, [[tiny.frames(50, seed, 16)] for seed in range(100)], cqt=cqt)
+    with Shards(tmp_path) as read:
+        Validation(read, read.lines, 3, seed=1)
+    assert set(seen) == shifts
+
+
+def test_a_list_without_tracks_is_refused(tmp_path, quiet):
+    write_json(tmp_path / "shards" / "index.json", {"lines": []})
+    with pytest.raises(TrainingError, match="no track of the training list"):
+        learn(recipe(), tmp_path / "shards", tmp_path)
 
 
 def test_training_learns(tmp_path, quiet, monkeypatch):
