@@ -22,6 +22,7 @@ LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
 # libsndfile shortens files that are truncated (wav, aiff; w64; rf64; au) without a word, but in its log
 _SHORTENED = re.compile(r"^\s*(?:data|SSND|riff|Riff size|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAMED = (1 << 31, 1 << 32, 1 << 63, 1 << 64)  # about what programs claim that can't know a length beforehand, in bytes
+_MP3_SLACK = 0.5  # that of MP3 files without a length: a two-hundredth at least, as frames may be padded by so much
 _OGG_TAIL = 2 * 65307  # bytes at the end of an Ogg file that hold its last page
 _MP3_REST = 1 << 24  # bytes after the last that was read of an MP3 file, in which more of it is looked for
 
@@ -175,10 +176,18 @@ def _open(path):
     if file.format == "OGG" and "Junk after the last page" in file.extra_info:  # libsndfile reads the first and stops
         file.close()
         raise AudioError(f"{path}: several recordings one after the other, as web radio is saved; split it, or encode it again as one")
-    if file.format == "MP3":
-        file.close()
-        file = soundfile.SoundFile(os.open(path, os.O_RDONLY))  # by number, which tells how far it was read
-    return file
+    return _numbered(file, path) if file.format == "MP3" else file
+
+
+def _numbered(file, path):
+    """An MP3 file opened by number, which tells how far it was read; by name still where more than tags stands before its first frame."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        numbered = soundfile.SoundFile(number, closefd=True)
+    except soundfile.LibsndfileError:  # without a suffix to go by; the number is closed
+        return file
+    file.close()
+    return numbered
 
 
 def _is_empty(path):
@@ -197,17 +206,17 @@ def _has_last_page(path):
     return False
 
 
-def _sounds_on(path, start):
-    """Whether an MP3 file holds more than tags from a byte on.
+def _sounds_on(path, start, seconds):
+    """Whether an MP3 file holds more than tags from a byte on, after the `seconds` that were read.
 
-    Libsndfile reads as many frames as the first header promises, or as the size of the first frame suggests.
+    Libsndfile reads as many frames as the first header promises, or as the size of the first frame suggests, which may be a padded one.
     """
     with open(path, "rb") as file:
         file.seek(start)
         rest = file.read(_MP3_REST).lstrip(b"\0")
     try:
         with soundfile.SoundFile(io.BytesIO(rest[128:] if rest.startswith(b"TAG") else rest)) as more:
-            return more.format == "MP3" and more.frames > _SLACK * more.samplerate
+            return more.format == "MP3" and more.frames > max(_MP3_SLACK, 0.005 * seconds) * more.samplerate
     except soundfile.LibsndfileError:
         return False
 
@@ -236,7 +245,7 @@ def _decoded(file, path):
         raise AudioError(
             f"{path}: truncated, {total / file.samplerate:.1f} s of {promised / file.samplerate:.1f} s are there; copy it again"
         )
-    if file.format == "MP3" and _sounds_on(path, os.lseek(file.name, 0, os.SEEK_CUR)):
+    if isinstance(file.name, int) and _sounds_on(path, os.lseek(file.name, 0, os.SEEK_CUR), total / file.samplerate):
         raise AudioError(
             f"{path}: goes on after the {total / file.samplerate:.1f} s that can be read, as MP3 files do that were joined, or whose rate "
             "varies and no header says so; encode it again"

@@ -1,6 +1,7 @@
 """The command `gae`: audio files to features, and the original implementation's weights to a model file."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import gae
 from gae.commandline import explained, one_line_errors
 from gae.convert import convert_file, feature_names
 from gae.errors import FormatError, GaeError
-from gae.features import SUFFIXES, check_suffix, validate
+from gae.features import SUFFIXES, audio_of, check_suffix
 from gae.files import content_hash
 from gae.modelfile import SHIPPED
+from gae.storage import is_url
 from gae.weights import import_weights
 
 
@@ -39,13 +41,18 @@ def _convert(given):
 
 
 def _spare(path, out):
-    """Refuse to write over another recording's features: names in a folder are told apart within one call only."""
-    try:
-        origin = validate(out).origin
-    except FormatError:  # none are there
+    """Refuse to write over another recording's features: names in a folder are told apart within one call only.
+
+    A path says little, as it may be another from another folder.
+    """
+    if not os.path.lexists(out) or not (is_url(path) or Path(path).is_file()):
         return
-    if origin.source != path and not (Path(path).is_file() and content_hash(path) == origin.source_sha256):
-        raise FormatError(f"{out}: holds the features of {origin.source or 'something else'}; name another folder for those of {path}")
+    try:
+        source, sha256 = audio_of(out)
+    except FormatError:
+        source, sha256 = "something else", None
+    if source != path if is_url(path) else sha256 != content_hash(path):
+        raise FormatError(f"{out}: holds the features of {source or 'samples'}; remove it, or name another folder for those of {path}")
 
 
 def _import_weights(given):

@@ -10,6 +10,7 @@ Both datasets are stored in one piece and not compressed, so what a file claims 
 
 import json
 import os
+import re
 import threading
 import zipfile
 from contextlib import contextmanager
@@ -242,6 +243,39 @@ def validate(path):
         return _header(file, path)
 
 
+def audio_of(path):
+    """The audio that a feature file of any kind says it was made from.
+
+    Parameters
+    ----------
+    path : str or Path
+        .h5, .npz or .csv.
+
+    Returns
+    -------
+    source, source_sha256 : str
+        As in `Origin`.
+
+    Raises
+    ------
+    FormatError
+        If it is no feature file.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".h5":
+        origin = validate(path).origin
+        return origin.source, origin.source_sha256
+    try:
+        if suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return str(arrays["source"]), str(arrays["source_sha256"])
+        with open(path, encoding="utf-8") as file:
+            source, sha256 = re.fullmatch(r'# time .* source: (".*"); source_sha256: (\w*)\n', file.readline(1 << 16)).groups()
+        return json.loads(source), sha256
+    except Exception as error:  # whatever a stranger's file makes of this
+        raise FormatError(f"{path}: not a feature file ({reason(error)[:200]}); {_REMEDY}") from None
+
+
 def _mapping(model):
     """The function from frames (reach + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
     weights, sizes = model.weights, model.sizes
@@ -373,7 +407,8 @@ def _write_csv(path, blocks, shape, times, origin, dtype):
     line = ",".join(["%.6f"] * (1 + shape[1])) + "\n"
     start = 0
     with open(path, "w", encoding="utf-8") as file:
-        file.write(f"# time in s, then {shape[1]} features; source: {json.dumps(_text(origin.source), ensure_ascii=False)}\n")
+        source = f"source: {json.dumps(_text(origin.source), ensure_ascii=False)}; source_sha256: {origin.source_sha256}"
+        file.write(f"# time in s, then {shape[1]} features; {source}\n")
         for block in blocks:
             rows = np.column_stack([times[start : start + len(block)], block]).tolist()
             file.writelines(line % tuple(row) for row in rows)

@@ -241,6 +241,22 @@ def test_an_mp3_of_which_libsndfile_reads_a_part_is_refused(mp3):
     assert audio.claimed_seconds(mp3) < 5 and "goes on after" in refuse(mp3)
 
 
+@pytest.mark.parametrize("before", [1, 1000, 5000])
+def test_an_mp3_may_begin_with_zeros(mp3, before):
+    mp3.write_bytes(bytes(before) + mp3.read_bytes())
+    assert audio.probe(mp3).seconds == pytest.approx(7, abs=0.1)
+
+
+def test_an_mp3_without_a_header_may_begin_with_any_of_its_frames(write):
+    """Padded frames, a byte longer, make libsndfile expect fewer."""
+    path = write("radio.mp3", np.random.default_rng(0).uniform(-0.1, 0.1, 44100 * 4), 44100, bitrate_mode="CONSTANT", compression_level=0.5)
+    whole = path.read_bytes()
+    frames = [frame.start() for frame in re.finditer(re.escape(whole[:2]) + rb"[\x90-\x9f]", whole)]
+    for start in frames[1:20]:
+        path.write_bytes(whole[start:])
+        assert audio.probe(path).seconds > 3
+
+
 @pytest.mark.parametrize("tag", [b"TAG" + bytes(range(125)), b"APETAGEX" + b"\xff\xd8\xff\xe0" * 1000, bytes(5000), bytes(range(256)) * 20])
 def test_what_is_no_sound_may_follow_an_mp3(mp3, tag):
     mp3.write_bytes(mp3.read_bytes() + tag)

@@ -9,6 +9,7 @@ import tiny
 
 import gae
 from gae.cli import main
+from gae.features import SUFFIXES
 from gae.model import save_model
 from gae.modelfile import SHIPPED
 
@@ -71,11 +72,34 @@ def test_features_of_another_recording_are_not_written_over(folder, weights, cap
         assert run(capsys, "convert", "song.wav", "--out", "out/", "--weights", weights)[0] == 0
     code, _, error = run(capsys, "convert", "album/song.wav", "other.flac", "--out", "out/", "--weights", weights)
     assert code == 1 and len(error.splitlines()) == 1
-    assert "out/song.h5: holds the features of song.wav; name another folder for those of album/song.wav" in error
+    assert "out/song.h5: holds the features of song.wav; remove it, or name another folder for those of album/song.wav" in error
     assert gae.read_features("out/song.h5").origin.source == "song.wav" and (folder / "out" / "other.h5").exists()
     os.rename("song.wav", "album/song.wav")  # the same recording elsewhere
     assert run(capsys, "convert", "album/song.wav", "--out", "out/", "--weights", weights)[0] == 0
     assert gae.read_features("out/song.h5").origin.source == "album/song.wav"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_same_path_may_be_another_recording(folder, weights, capsys, monkeypatch, suffix):
+    """As 01.wav is in every album."""
+    arguments = ["convert", "song.wav", "--out", f"{folder}/out/", "--format", suffix, "--weights", weights]
+    for _ in range(2):  # its own are
+        assert run(capsys, *arguments)[0] == 0
+    before = (folder / f"out/song{suffix}").read_bytes()
+    (folder / "album").mkdir()
+    monkeypatch.chdir(folder / "album")
+    soundfile.write("song.wav", tiny.tone(3, 8000), 8000)
+    code, _, error = run(capsys, *arguments)
+    assert code == 1 and f"song{suffix}: holds the features of song.wav; remove it" in error and len(error.splitlines()) == 1
+    assert (folder / f"out/song{suffix}").read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_nor_is_what_else_bears_the_name(folder, weights, capsys, suffix):
+    (folder / "out").mkdir()
+    (folder / f"out/song{suffix}").write_text("mine")
+    code, _, error = run(capsys, "convert", "song.wav", "--out", "out/", "--format", suffix, "--weights", weights)
+    assert code == 1 and "holds the features of something else" in error and (folder / f"out/song{suffix}").read_text() == "mine"
 
 
 def test_the_same_file_twice_is_converted_once(folder, weights, capsys):
