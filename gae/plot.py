@@ -9,12 +9,13 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image
 from tqdm import tqdm
 
 from gae import audio, features
 from gae.compute import beside_files, map_tracks
+from gae.convert import feature_names
 from gae.cqt import frames as cqt_frames
 from gae.cqt import transpose
 from gae.errors import FormatError
@@ -77,10 +78,10 @@ def draw(params, corpus, shards, model, tracks, metrics, figures):
     """
     model = load_model(model)
     cqt, plot, figures = model.cqt, params.plot, Path(figures)
-    frames, times, title = _excerpt(shards, cqt, plot.seconds)
+    frames, past, begin, title = _excerpt(shards, model, plot.seconds)
     pictures = (
-        lambda: draw_input(frames, cqt, times, title, figures / "input.png", plot),
-        lambda: draw_network(model.network, cqt, frames, figures, plot=plot),
+        lambda: draw_input(frames[past:], cqt, begin, title, figures / "input.png", plot),
+        lambda: draw_network(model.network, cqt, frames, figures, plot=plot, past=past, begin=begin),
         lambda: draw_metrics(read_json(metrics), figures / "metrics.png", plot),
         lambda: _draw_heldout(Path(corpus), model, figures / "transposition.png", plot),
     )
@@ -89,7 +90,7 @@ def draw(params, corpus, shards, model, tracks, metrics, figures):
     map_tracks(draw_track, sorted(Path(tracks).glob("*.h5")), beside_files(params.compute), "tracks", (figures / "tracks", plot))
 
 
-def draw_network(network, cqt, frames, folder, step=None, plot=None):
+def draw_network(network, cqt, frames, folder, step=None, plot=None, past=0, begin=0.0):
     """Draw what the network does with some frames, and what it has learnt: reconstruction, mapping, filters, histograms.
 
     Parameters
@@ -97,38 +98,42 @@ def draw_network(network, cqt, frames, folder, step=None, plot=None):
     network : GatedAutoencoder
     cqt : gae.params.Cqt
     frames : ndarray of float32, shape (n_frames, n_bins)
-        An excerpt of standardised frames; more than plot.seconds are not drawn.
+        An excerpt of standardised frames; more than plot.seconds after the `past` are not drawn.
     folder : Path
     step : int or None
         Step of the training, which then is part of the files' names.
     plot : gae.params.Plot or None
         None for the defaults.
+    past : int
+        Frames at the beginning that are context alone and not drawn.
+    begin : float
+        Time of the first frame that is drawn, in s.
     """
     plot = plot or Plot()
     name = "{}.png" if step is None else f"{{}}-{step:07d}.png"
     suffix = "" if step is None else f", step {step}"
-    frames = frames[: max(2, round(plot.seconds / cqt.frame_seconds))]
-    mapping = extract_frames(frames, network)
-    shown = frames[: max(2, len(frames) // 3)]
-    target, rebuilt = _rebuild(shown, network, round(_INTERVAL * cqt.bins_per_octave / 12))
-    folder = Path(folder)
-    draw_reconstruction(shown, target, rebuilt, cqt, folder / name.format("reconstruction"), plot, suffix)
-    draw_mapping(frames, mapping, cqt, folder / name.format("mapping"), plot, suffix)
+    frames = frames[: past + max(2, round(plot.seconds / cqt.frame_seconds))]
+    mapping = extract_frames(frames, network)[past:]
+    third = max(2, len(mapping) // 3)
+    target, rebuilt = (some[past:] for some in _rebuild(frames[: past + third], network, round(_INTERVAL * cqt.bins_per_octave / 12)))
+    frames, folder = frames[past:], Path(folder)
+    draw_reconstruction(frames[:third], target, rebuilt, cqt, begin, folder / name.format("reconstruction"), plot, suffix)
+    draw_mapping(frames, mapping, cqt, begin, folder / name.format("mapping"), plot, suffix)
     draw_filters_x(network, cqt, folder / name.format("filters_x"), plot, suffix)
     draw_filters_y(network, cqt, folder / name.format("filters_y"), plot, suffix)
     draw_histograms(network, frames, mapping, rebuilt, folder / name.format("histograms"), plot, suffix)
 
 
-def draw_input(frames, cqt, times, title, path, plot):
-    """Draw standardised frames (n_frames, n_bins) as the network gets them; `times` are the first and last in s."""
+def draw_input(frames, cqt, begin, title, path, plot):
+    """Draw standardised frames (n_frames, n_bins) as the network gets them, the first at `begin` s."""
     with _picture(path, plot, 3.6) as figure:
         axes = figure.subplots()
-        image = _show_pitch(axes, frames, cqt, times, _range(frames))
+        image = _show_pitch(axes, frames, cqt, _times(begin, frames, cqt), _range(frames))
         axes.set(title=f"Input: constant-Q frames of {_plain(title)}", xlabel="time (s)")
         _scale(figure, image, axes, "standardised magnitude")
 
 
-def draw_reconstruction(frames, target, rebuilt, cqt, path, plot, suffix=""):
+def draw_reconstruction(frames, target, rebuilt, cqt, begin, path, plot, suffix=""):
     """Draw frames, the same transposed, and what the network makes of their mapping in the transposed context.
 
     Parameters
@@ -140,14 +145,14 @@ def draw_reconstruction(frames, target, rebuilt, cqt, path, plot, suffix=""):
     with _picture(path, plot, 3.6) as figure:
         row = figure.subplots(1, 3, sharey=True)
         for axes, values, title in zip(row, (frames, target, rebuilt), titles, strict=True):
-            image = _show_pitch(axes, values, cqt, (0, len(values) * cqt.frame_seconds), _range(target), label=axes is row[0])
+            image = _show_pitch(axes, values, cqt, _times(begin, values, cqt), _range(target), label=axes is row[0])
             axes.set(title=title, xlabel="time (s)")
         _scale(figure, image, row, "standardised magnitude")
 
 
-def draw_mapping(frames, mapping, cqt, path, plot, suffix=""):
-    """Draw the mapping (n_frames, n_maps) under the frames (n_frames, n_bins) that it comes from."""
-    times = (0, len(frames) * cqt.frame_seconds)
+def draw_mapping(frames, mapping, cqt, begin, path, plot, suffix=""):
+    """Draw the mapping (n_frames, n_maps) under the frames (n_frames, n_bins) that it comes from, the first at `begin` s."""
+    times = _times(begin, frames, cqt)
     with _picture(path, plot, 5.6) as figure:
         above, below = figure.subplots(2, sharex=True)
         image = _show_pitch(above, frames, cqt, times, _range(frames))
@@ -247,7 +252,7 @@ def draw_metrics(metrics, path, plot):
         figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LABELS))
 
 
-def draw_transposition(original, transposed, k, cqt, title, path, plot):
+def draw_transposition(original, transposed, k, cqt, begin, title, path, plot):
     """Draw the features of a passage in two keys, and how they differ.
 
     Parameters
@@ -255,8 +260,10 @@ def draw_transposition(original, transposed, k, cqt, title, path, plot):
     original, transposed : ndarray, shape (n_frames, n_maps)
     k : int
         Semitones between them.
+    begin : float
+        Time of the first frame, in s.
     """
-    times = (0, len(original) * cqt.frame_seconds)
+    times = _times(begin, original, cqt)
     likeness = (unit(original) * unit(transposed)).sum(axis=1)
     panels = {
         f"Features of {_plain(title)}, as written": original,
@@ -354,6 +361,11 @@ def _palette():
     return palette
 
 
+def _times(begin, values, cqt):
+    """First and last time of frames or features, in s."""
+    return begin, begin + len(values) * cqt.frame_seconds
+
+
 def _scale(figure, image, axes, label):
     figure.colorbar(image, ax=axes, label=label, pad=0.01, aspect=30)
 
@@ -377,6 +389,7 @@ def _pitch_axis(axes, cqt, label=True):
 def _show_features(axes, values, times):
     """Features (n_frames, n_maps) as an image over time."""
     axes.set_ylabel("feature")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     return axes.imshow(values.T, extent=(*times, -0.5, values.shape[1] - 0.5), cmap=_SIGNED, vmin=-1, vmax=1)
 
 
@@ -418,22 +431,24 @@ def _bars(axes, figures, ticks):
         axes.errorbar(positions, means, errors, fmt="none", ecolor="#222222", elinewidth=1)
         if kind == "gae":
             for position, mean, error in zip(positions, means, errors, strict=True):
-                axes.text(position, mean + error + 1, f"{mean:.0f}", ha="center", color=_ACCENT, weight="bold", size=8)
+                axes.text(position, mean + error + 1, f"{mean:.1f}", ha="center", color=_ACCENT, weight="bold", size=8)
     axes.set_xticks(range(len(ticks)), ticks)
     axes.tick_params(axis="x", length=0)
     axes.grid(True, axis="y")
 
 
-def _excerpt(folder, cqt, seconds):
-    """Frames from the middle of the first track of a folder of shards, their first and last time, and the track's name."""
+def _excerpt(folder, model, seconds):
+    """Frames from the middle of the first track of a folder of shards, how many of them are their past, the time after it, and a title."""
+    cqt = model.cqt
     with Shards(folder) as shards:
         if shards.cqt != cqt:
             raise FormatError(f"{folder}: made with other cqt parameters than the model's; run `dvc repro`")
         track = shards.lines[0][0]
         n_frames = min(track.n_frames, max(2, round(seconds / cqt.frame_seconds)))
         start = (track.n_frames - n_frames) // 2
-        times = (start * cqt.frame_seconds, (start + n_frames) * cqt.frame_seconds)
-        return shards.read(track.key, start, start + n_frames), times, Path(track.path).stem
+        past = min(start, model.sizes.reach)
+        title = feature_names([line[0].path for line in shards.lines])[track.path]
+        return shards.read(track.key, start - past, start + n_frames), past, start * cqt.frame_seconds, title
 
 
 def _pooled(file):
@@ -455,7 +470,7 @@ def _draw_heldout(corpus, model, path, plot):
     )
     start = max(0, (min(len(original), len(transposed)) - n_frames) // 2)
     passage = slice(start, start + n_frames)
-    draw_transposition(original[passage], transposed[passage], piece["k"], cqt, piece["id"], path, plot)
+    draw_transposition(original[passage], transposed[passage], piece["k"], cqt, start * cqt.frame_seconds, piece["id"], path, plot)
 
 
 def _rebuild(frames, network, bins):

@@ -16,6 +16,7 @@ from gae.evaluate import LABELS, TOLERANCES
 from gae.features import Origin, extract_frames, write
 from gae.measures import pool
 from gae.model import save_model
+from gae.modelfile import load_model
 from gae.params import Cqt, Params, Plot
 from gae.plot import draw, draw_losses, draw_network, draw_track, note_ticks, self_similarity
 from gae.shards import add_track, write_folder, writing
@@ -93,6 +94,17 @@ def test_every_picture_is_drawn(run, in_this_process):
     for name in drawn:
         assert is_a_picture(figures / name, inches=8 if name in tracks else 10)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_mapping_is_drawn_as_it_was_converted_and_when(run, in_this_process, monkeypatch):
+    """The excerpt lies in the middle, and what comes before it is its context."""
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_mapping", lambda frames, mapping, cqt, begin, *more: drawn.append((frames, mapping, begin)))
+    draw(Params(plot=PLOT.model_copy(update={"seconds": 1.0})), *run)
+    frames, mapping, begin = drawn[0]
+    start = round(begin / tiny.CQT.frame_seconds)
+    assert start > 100 and np.array_equal(frames, tiny.frames(300)[start : start + len(frames)])
+    assert np.allclose(mapping, extract_frames(tiny.frames(300), load_model(run[2]))[start : start + len(mapping)], atol=1e-5)
 
 
 def test_a_passage_shorter_than_a_frame_is_drawn_as_two_frames(run, in_this_process):
