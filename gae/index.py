@@ -15,9 +15,10 @@ from gae.commandline import warn
 from gae.compute import by_place, map_tracks
 from gae.errors import AudioError, FormatError, ListError
 from gae.filelists import read_list
-from gae.files import content_hash, read_json, write_json
+from gae.files import code_digest, content_hash, read_json, write_json
 
 _VERSION = 1
+_VIEWS_DIFFER = 0.5  # s by which views of one performance may differ in length
 
 
 def index(params, out, remembered):
@@ -62,6 +63,8 @@ def index(params, out, remembered):
             ]
             if good:
                 usable.append([_entry(path, findings[path]) for path in good])
+                if role == "train":
+                    _compare(usable[-1], f"{names[role]}, line {line.number}")
         if not usable:
             raise ListError(f"{names[role]}: lists nothing usable; add at least one audio file, one path a line")
         result[role] = usable
@@ -119,7 +122,7 @@ def _look(paths, remembered, compute):
         examined |= zip(some, map_tracks(examine, some, where, "index"), strict=True)
     found = {path: {**examined[path], "stamp": stamps[path]} if path in examined else known[path] for path in paths}
     opened = {path: finding for path, finding in found.items() if finding.get("sha256")}  # neither size nor time tell of permissions
-    write_json(remembered, {"version": _VERSION, "files": opened})
+    write_json(remembered, {"version": _version(), "files": opened})
     return found
 
 
@@ -148,11 +151,16 @@ def examine(path):
     return {**finding, "samples": info.n_samples, "sample_rate": info.sample_rate, "channels": info.channels}
 
 
+def _version():
+    """What decides what is found in a file."""
+    return [_VERSION, code_digest(["audio"], ["soundfile"])]
+
+
 def _recall(remembered):
     """What was found at earlier runs, as far as it can be read."""
     try:
         before = read_json(remembered)
-        files = before["files"].items() if before["version"] == _VERSION else ()
+        files = before["files"].items() if before["version"] == _version() else ()
         return {path: found for path, found in files if _plausible(found)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -172,8 +180,16 @@ def _problem(path, finding, cqt):
         return finding["error"]
     seconds = finding["samples"] / finding["sample_rate"]
     if seconds < cqt.frame_seconds:
-        return f"{path}: {1000 * seconds:.1f} ms long, shorter than one frame of context ({1000 * cqt.frame_seconds:.1f} ms)"
+        return f"{path}: {1000 * seconds:.2f} ms long, shorter than a frame ({1000 * cqt.frame_seconds:.2f} ms)"
     return None
+
+
+def _compare(views, where):
+    """Warn of views whose lengths tell that they are not one performance."""
+    shortest, longest = (extreme(views, key=lambda view: view["seconds"]) for extreme in (min, max))
+    if longest["seconds"] - shortest["seconds"] > _VIEWS_DIFFER:
+        lengths = " and ".join(f"{view['path']} ({view['seconds']:.1f} s)" for view in (shortest, longest))
+        warn(f"{where}: {lengths} are views of one performance, equal in timing? What they have in common is trained on")
 
 
 def _entry(path, finding):

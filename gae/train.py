@@ -24,7 +24,7 @@ from tqdm import tqdm
 from gae import plot
 from gae.batches import Excerpts, long_enough, n_frames_before
 from gae.checkpoints import Checkpoints
-from gae.commandline import explained
+from gae.commandline import explained, warn
 from gae.compute import give_back_memory, keep_memory
 from gae.cqt import transpose
 from gae.errors import GaeError, TrainingError, reason
@@ -168,7 +168,11 @@ class Run:
 
     def __init__(self, fabric, params, shards, checkpoints):
         self.fabric, self.params, self.shards = fabric, params, shards
-        usable = long_enough(shards.lines, n_frames_before(params.model.reach, params.train) + params.train.block)
+        n_frames = n_frames_before(params.model.reach, params.train) + params.train.block
+        usable = long_enough(shards.lines, n_frames)
+        if (short := len(shards.lines) - len(usable)) and fabric.is_global_zero:
+            least = f"{n_frames * shards.cqt.frame_seconds:.1f} s (train.block and what model.context reaches back)"
+            warn(f"{short} of {len(shards.lines)} lines of the training list are shorter than {least} and not trained on")
         dtypes = sorted({track.dtype for track in shards.tracks.values()})
         self.data = digest([read_json(shards.folder / "index.json"), shards.cqt.model_dump(), dtypes])
         lines, held_out = split(usable, params.train.validation)

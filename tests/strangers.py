@@ -761,7 +761,7 @@ def _furnish_memory():
 
 def _memory_seed():
     found = {"sha256": KEY * 2, "bytes": 3244, "samples": 1600, "sample_rate": 8000, "channels": 1, "stamp": [3244, 0]}
-    return {"version": 1, "files": {"a.wav": found}}
+    return {"version": index._version(), "files": {"a.wav": found}}
 
 
 def _read_memory(path):

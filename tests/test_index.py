@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -153,10 +154,28 @@ def test_a_memory_that_is_lost_or_broken_costs_a_look(folder, opened, memory):
     opened.clear()
     os.unlink("memory.json")
     if memory is not None:
-        (folder / "memory.json").write_bytes(memory)
+        version = json.dumps(module._version()).encode()
+        (folder / "memory.json").write_bytes(memory.replace(b'"version": 1', b'"version": ' + version))
     look()
     assert len(opened) == 4
     assert [(folder / name).read_bytes() for name in ("index.json", "memory.json")] == before
+
+
+def test_what_decides_what_is_found_costs_a_look(folder, opened, monkeypatch):
+    before = look()
+    opened.clear()
+    monkeypatch.setattr(module, "code_digest", lambda modules, packages: "other code")
+    assert look() == before and len(opened) == 4
+
+
+def test_views_of_different_lengths_are_told(folder, opened, capsys):
+    look()
+    assert capsys.readouterr().err == ""
+    soundfile.write("music/c2.wav", tiny.tone(3, 8000), 8000)
+    look()
+    said = capsys.readouterr().err
+    assert "warning: train.txt, line 3: music/c1.ogg (1.5 s) and music/c2.wav (3.0 s) are views of one performance" in said
+    assert len(said.splitlines()) == 1
 
 
 def test_half_an_entry_of_the_memory_is_not_believed(folder, opened):
@@ -206,7 +225,7 @@ def test_bad_audio_is_skipped_and_told(broken, opened, capsys):
     ]
     reasons = {entry["path"]: entry["reason"] for entry in found["skipped"]}
     assert "not audio" in reasons["music/text.wav"] and "NaN" in reasons["music/nan.wav"]
-    assert "10.0 ms long, shorter than one frame of context (32.0 ms)" in reasons["music/short.wav"]
+    assert "10.00 ms long, shorter than a frame (32.00 ms)" in reasons["music/short.wav"]
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and all(warning.startswith("warning: skipped music/") for warning in warnings)
 

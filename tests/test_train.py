@@ -741,6 +741,13 @@ def test_validation_always_transposes(tmp_path, monkeypatch, bins_per_octave, sh
     assert set(seen) == shifts
 
 
+def test_lines_too_short_to_train_on_are_told(tmp_path, quiet, capsys):
+    tiny.write_shards(tmp_path / "shards", [[tiny.music(length, seed)] for seed, length in enumerate((100, 20, 100, 10))])
+    learn(recipe(steps=2), tmp_path / "shards", tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(said) == 1 and "2 of 4 lines of the training list are shorter than 1.0 s" in said[0]
+
+
 def test_a_list_without_tracks_is_refused(tmp_path, quiet):
     write_json(tmp_path / "shards" / "index.json", {"lines": []})
     with pytest.raises(TrainingError, match="no track of the training list"):
