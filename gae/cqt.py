@@ -33,7 +33,7 @@ def frames(samples, cqt):
     Parameters
     ----------
     samples : ndarray of float32, shape (n_samples,)
-        Mono, at `cqt.sample_rate`.
+        Mono, at `cqt.sample_rate`. Integers will do, as scale makes no difference.
     cqt : gae.params.Cqt
 
     Returns
@@ -44,10 +44,14 @@ def frames(samples, cqt):
     Raises
     ------
     AudioError
-        If the samples have more than one axis.
+        If the samples have more than one axis, or are NaN or infinite or no real numbers.
     """
-    if np.ndim(samples) != 1:
-        raise AudioError(f"samples: of shape {np.shape(samples)}, not mono; gae.audio.mono mixes (n, channels) down")
+    samples = np.asarray(samples)
+    if samples.ndim != 1:
+        raise AudioError(f"samples: of shape {samples.shape}, not mono; gae.audio.mono mixes (n, channels) down")
+    if samples.dtype.kind not in "iuf" or not np.isfinite(samples).all():
+        raise AudioError(f"samples: of type {samples.dtype}, NaN or infinite; give finite real numbers")
+    samples = samples.astype(np.float32) if samples.dtype.kind in "iu" else samples
     with analyse([samples], cqt) as analysis:
         return np.concatenate([np.zeros((0, cqt.n_bins), np.float32), *analysis.blocks()])
 

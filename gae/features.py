@@ -66,7 +66,8 @@ class Features:
     Attributes
     ----------
     values : ndarray, shape (n_frames, n_maps)
-        In (-1, 1). Row t relates frame t to frames before it, the model's context; it never looks ahead.
+        In (-1, 1). Row t relates frame t to frames before it, the model's context, and to none after it. (A frame is no instant: it
+        hears its lowest pitch a quarter of a second to either side, and is scaled by the peak of the whole recording.)
     times : ndarray of float64, shape (n_frames,)
         Centre of each frame in s.
     origin : Origin
@@ -113,7 +114,15 @@ def extract_frames(frames, model):
     Returns
     -------
     ndarray of float32, shape (n_frames, n_maps)
+
+    Raises
+    ------
+    FormatError
+        If the frames are of another shape than the model takes.
     """
+    n_bins = model.cqt.n_bins if isinstance(model, Model) else model.n_bins
+    if np.ndim(frames) != 2 or np.shape(frames)[1] != n_bins:
+        raise FormatError(f"frames: of shape {np.shape(frames)}; this model takes (n_frames, {n_bins}), as gae.cqt.frames makes them")
     return np.concatenate([np.zeros((0, model.sizes.n_maps), np.float32), *extract_blocks([frames], model)])
 
 

@@ -42,6 +42,10 @@ class Model:
     facts: dict = field(default_factory=dict)
     sha256: str = ""
 
+    def __repr__(self):
+        frames = f"{self.sizes.context} of the last {self.sizes.reach} frames, one every {1000 * self.cqt.frame_seconds:.1f} ms"
+        return f"<Model: {self.sizes.n_maps} features from {frames}{self.sha256 and f', sha256 {self.sha256[:12]}'}>"
+
     def __post_init__(self):
         for array in self.weights.values():
             array.setflags(write=False)  # what is derived from them is remembered

@@ -40,7 +40,7 @@ class Corpus(Section):
     """The built-in demo music."""
 
     hours: float = Field(1.0, gt=0, le=100, description="music for training, in hours, each hour in every view")
-    views: int = Field(3, ge=2, le=8, description="sounds in which a training piece is rendered")
+    views: int = Field(3, ge=2, le=8, description="sounds in which a training piece is rendered; data/train.txt names three")
     view_transposition: int = Field(6, ge=0, le=12, description="views but the first are transposed by up to this, in semitones")
     human: float = Field(
         0.6, ge=0, le=1, description="share of training pieces in a person's timing, of views in a person's loudness, with the pedal"

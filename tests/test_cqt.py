@@ -215,3 +215,14 @@ def test_a_full_temporary_folder_is_named(monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", lambda buffering: Full())
     with pytest.raises(OSError, match=r"No space left on device: '.* \(or another folder, named by TMPDIR\)'"):
         frames(tiny.tone(1, 8000), tiny.CQT)
+
+
+def test_integers_are_samples():
+    samples = (20_000 * tiny.tone(1, 8000)).astype(np.int16)
+    assert np.array_equal(frames(samples, tiny.CQT), frames(samples.astype(np.float32), tiny.CQT))
+
+
+@pytest.mark.parametrize("samples", [np.array([0, np.nan]), np.array([np.inf]), np.zeros(3, complex), np.array(["a"])])
+def test_what_is_no_sound_is_refused(samples):
+    with pytest.raises(AudioError, match="give finite real numbers"):
+        frames(samples, tiny.CQT)

@@ -338,3 +338,9 @@ def test_threads_that_extract_together_leave_the_matrix_libraries_as_they_were()
             results = list(pool.map(lambda _: extract_frames(frames, model), range(8)))
         assert [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"] == before
     assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_frames_of_another_shape_are_refused():
+    for model in (tiny.model(), tiny.model().network):
+        with pytest.raises(FormatError, match=r"of shape \(5, 48\); this model takes \(n_frames, 36\)"):
+            extract_frames(tiny.frames(5, n_bins=48), model)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -493,3 +494,7 @@ def test_a_failing_save_leaves_the_old_model(saved, network):
     with pytest.raises(TypeError):
         save_model(saved, network, tiny.CQT, note=SimpleNamespace())
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_model_is_told_in_a_line(saved):
+    assert re.fullmatch(r"<Model: \d+ features from \d+ of the last \d+ frames, one every 32.0 ms, sha256 \w{12}>", repr(load_model(saved)))
