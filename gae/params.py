@@ -178,9 +178,6 @@ class Train(Section):
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
     devices: int = Field(1, ge=1, le=1024, description="processes or GPUs on each host")
     nodes: int = Field(1, ge=1, le=1024, description="hosts")
-    checkpoint_seconds: float = Field(
-        30.0, ge=0, le=60, description="time between checkpoints, in s: at most this much work is lost, and 25 steps more"
-    )
     seed: int = Field(1, ge=0, lt=2**32, description="seed of weights, excerpts, shifts and dropout")
 
     @model_validator(mode="after")
@@ -220,7 +217,7 @@ class Plot(Section):
 
 
 class Compute(Section):
-    """Where work over many tracks runs. Changes no result, so no stage depends on it."""
+    """Where work over many tracks runs, and how often a training is saved. Changes no result, so no stage depends on it."""
 
     workers: int = Field(0, ge=0, le=4096, description="worker processes; 0 for one a core")
     scheduler: str = Field(
@@ -231,6 +228,9 @@ class Compute(Section):
         "data/.staging",
         min_length=1,
         description="where computed frames wait for their shard: a folder, or a URL (s3://bucket/staging) if workers see no files of ours",
+    )
+    checkpoint_seconds: float = Field(
+        30.0, ge=0, le=60, description="time between checkpoints of a training, in s: at most this much work is lost, and 25 steps more"
     )
 
 

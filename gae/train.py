@@ -41,7 +41,7 @@ PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true"}  # as Fabric calls them
 _VALIDATION_FRAMES = 1200
 _DRAWINGS = r"(\w+-\d{7}|loss)\.png"  # names of drawings of the network and of the losses
 _SOUNDING = 0.05  # share of the frames that sound, below which a batch is weighed as if as many did
-_RUNTIME = {"accelerator", "devices", "nodes", "checkpoint_seconds"}  # parameters that leave the result as it is
+_RUNTIME = {"accelerator", "devices", "nodes"}  # parameters that leave the result as it is
 
 
 def train(params, shards_folder, model_path, metrics_path, curves, drawings, checkpoints):
@@ -50,7 +50,7 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
     Parameters
     ----------
     params : gae.params.Params
-        Reads model, train and plot.interval.
+        Reads model, train, plot.interval and compute.checkpoint_seconds.
     shards_folder : Path
         Shards of the training list.
     model_path, metrics_path : Path
@@ -282,7 +282,7 @@ class Run:
 
     def checkpoint(self):
         """Save the whole state if the last time is long enough ago."""
-        if time.monotonic() - self._checkpointed < self.params.train.checkpoint_seconds:
+        if time.monotonic() - self._checkpointed < self.params.compute.checkpoint_seconds:
             return
         self._checkpointed = time.monotonic()
         self.store.save(

@@ -7,7 +7,7 @@ from gae.train import train
 if __name__ == "__main__":
     with stage(
         __doc__,
-        reads=["model", "train", "plot.interval"],
+        reads=["model", "train", "plot.interval", "compute.checkpoint_seconds"],
         shards="data/shards/train",
         model="models/gae.safetensors",
         metrics="models/metrics.json",

@@ -92,7 +92,7 @@ class World:
 
     def _begin(self, folder):
         project = fresh(folder)
-        settings = {"data.dtype": "float32", "cqt.hop_length": 128, "train.steps": 75, "train.checkpoint_seconds": 0}
+        settings = {"data.dtype": "float32", "cqt.hop_length": 128, "train.steps": 75, "compute.checkpoint_seconds": 0}
         settings["compute.workers"] = self.workers
         for key, value in settings.items():
             project.set(key, value)

@@ -30,6 +30,7 @@ CHANGES = {
     "plot": (lambda project: project.set("plot.dpi", 50), {"plot"}),
     "how often training is drawn": (lambda project: project.set("plot.interval", 7), set()),
     "compute": (lambda project: project.set("compute.workers", 2), set()),
+    "how often training is saved": (lambda project: project.set("compute.checkpoint_seconds", 5), set()),
     "comment in params.yaml": (lambda project: project.append("params.yaml", "# no parameter"), set()),
 }
 

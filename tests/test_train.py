@@ -32,9 +32,9 @@ def recipe(**changes):
     quick = {"steps": STEPS, "batch": 4, "block": 24, "stride": 2, "shift": 8, "contrast_frames": 24, "averaging": 0.9}
     quick |= {"contrast": 0.3, "contrast_kept": 0.1, "temperature": 0.1, "learning_rate": 1.5e-3, "muon_rate": 0.02}
     quick |= {"view_share": 0.5, "validation": 0.1}
-    quick |= {"precision": "fp32", "accelerator": "cpu", "checkpoint_seconds": 0, "dropout": 0.2, "dtype": "float32"}
+    quick |= {"precision": "fp32", "accelerator": "cpu", "dropout": 0.2, "dtype": "float32"}
     sizes = {"n_factors": 16, "n_hidden": 8, "n_maps": 6, "context": 3, "dilation": 2}
-    return params.validate({"model": sizes, "train": {**quick, **changes}, "plot": {"interval": 30}})
+    return params.validate({"model": sizes, "train": {**quick, **changes}, "plot": {"interval": 30}, "compute": {"checkpoint_seconds": 0}})
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_what_changes_no_result_goes_on(shards, tmp_path, quiet, crash):
     crash(None)
     unbroken = learn(recipe(), shards, tmp_path / "unbroken")
     done = stopped(recipe(), shards, tmp_path / "a", crash)
-    settings = recipe(checkpoint_seconds=60).model_copy(update={"plot": params.Plot(interval=7)})
+    settings = recipe().model_copy(update={"plot": params.Plot(interval=7), "compute": params.Compute(checkpoint_seconds=60)})
     assert learn(settings, shards, tmp_path / "a") == unbroken and done[0] == 50
 
 
@@ -324,7 +324,7 @@ def test_checkpoints_come_at_their_time(shards, tmp_path, quiet, crash, monkeypa
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     saved = []
     monkeypatch.setattr(module.Checkpoints, "save", lambda store, **facts: saved.append(facts["step"]))
-    learn(recipe(checkpoint_seconds=35, steps=250), shards, tmp_path)
+    learn(recipe(steps=250).model_copy(update={"compute": params.Compute(checkpoint_seconds=35)}), shards, tmp_path)
     assert 2 < len(saved) < 6 and all(step % 25 == 0 for step in saved)
 
 
