@@ -288,7 +288,7 @@ def load(path="params.yaml", overrides=()):
         raise ParamsError(f"{path}: must hold sections ({', '.join(Params.model_fields)}), not a {type(values).__name__}")
     for override in overrides:
         _override(values, override)
-    return validate(values, path)
+    return validate(values, " ".join([str(path), *(f"-S {override}" for override in overrides)]))
 
 
 def validate(values, name="params.yaml"):

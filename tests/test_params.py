@@ -147,6 +147,10 @@ def test_overrides_replace_what_the_file_says(load):
     assert load("model:", ["model.n_maps=7"]).model.n_maps == 7
 
 
+def test_an_error_names_what_was_replaced(refuse):
+    assert "params.yaml -S model.context=4: model.context: got 4" in refuse("model: {n_maps: 3}", ["model.context=4"])
+
+
 @pytest.mark.parametrize(
     "override",
     ["model.n_maps", "=3", "model.=3", "n_maps=3", "model.n_maps=[", "model.n_maps=", "model.n_maps=wide", "modle.n_maps=3", "a.b.c=3"],
