@@ -52,7 +52,8 @@ def _spare(path, out):
     except FormatError:
         source, sha256 = "something else", None
     if source != path if is_url(path) else sha256 != content_hash(path):
-        raise FormatError(f"{out}: holds the features of {source or 'samples'}; remove it, or name another folder for those of {path}")
+        whose = f"another {source}" if source == path else source or "samples"
+        raise FormatError(f"{out}: holds the features of {whose}; remove it, or name another folder for those of {path}")
 
 
 def _import_weights(given):

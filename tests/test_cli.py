@@ -90,7 +90,7 @@ def test_the_same_path_may_be_another_recording(folder, weights, capsys, monkeyp
     monkeypatch.chdir(folder / "album")
     soundfile.write("song.wav", tiny.tone(3, 8000), 8000)
     code, _, error = run(capsys, *arguments)
-    assert code == 1 and f"song{suffix}: holds the features of song.wav; remove it" in error and len(error.splitlines()) == 1
+    assert code == 1 and f"song{suffix}: holds the features of another song.wav; remove it" in error and len(error.splitlines()) == 1
     assert (folder / f"out/song{suffix}").read_bytes() == before
 
 
