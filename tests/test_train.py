@@ -512,16 +512,28 @@ def test_the_last_loss_has_the_last_weight(shards, tmp_path, quiet, monkeypatch,
     assert last["loss"] - last["reconstruction"] == pytest.approx(weight * last["contrast"], rel=1e-2)
 
 
-def test_a_loss_diverges_beside_the_first_at_the_same_weight(shards, tmp_path, quiet, monkeypatch):
-    """A loss that stays far below the first because the contrast faded: what is left of it has risen fivefold."""
+@pytest.fixture
+def measured(monkeypatch):
+    """Changes what is measured: each step's terms become `change(step, terms)`."""
     update = Run.update
 
-    def rising(run, batch):
-        update(run, batch)
-        if run.step > 250:
-            run._window[-1] = {name: 5 * value for name, value in run._window[-1].items()}
+    def measured(change):
+        def changed(run, batch):
+            update(run, batch)
+            run._window[-1] = change(run.step, run._window[-1])
 
-    monkeypatch.setattr(Run, "update", rising)
+        monkeypatch.setattr(Run, "update", changed)
+
+    return measured
+
+
+def scaled(terms, factor):
+    return {name: factor * value for name, value in terms.items()}
+
+
+def test_a_loss_diverges_beside_the_first_at_the_same_weight(shards, tmp_path, quiet, measured):
+    """A loss that stays far below the first because the contrast faded: what is left of it has risen fivefold."""
+    measured(lambda step, terms: scaled(terms, 5 if step > 250 else 1))
     settings = recipe(contrast=10, contrast_kept=1e-3, steps=1000)
     with pytest.raises(TrainingError, match=r"the loss diverges: .* at step 275, .* at the start"):
         learn(settings, shards, tmp_path)
@@ -529,43 +541,23 @@ def test_a_loss_diverges_beside_the_first_at_the_same_weight(shards, tmp_path, q
     assert losses[-1] < losses[0]
 
 
-def test_a_first_loss_by_chance_small_is_no_measure(shards, tmp_path, quiet, monkeypatch):
+def test_a_first_loss_by_chance_small_is_no_measure(shards, tmp_path, quiet, measured):
     """Such as that of a batch of rests."""
-    update = Run.update
-
-    def resting(run, batch):
-        update(run, batch)
-        if run.step == 1:
-            run._window[-1] = {name: 0.01 * value for name, value in run._window[-1].items()}
-
-    monkeypatch.setattr(Run, "update", resting)
+    measured(lambda step, terms: scaled(terms, 0.01 if step == 1 else 1))
     learn(recipe(steps=300), shards, tmp_path)
 
 
-def test_nor_is_it_once_the_contrast_has_fallen(shards, tmp_path, quiet, monkeypatch):
+def test_nor_is_it_once_the_contrast_has_fallen(shards, tmp_path, quiet, measured):
     """What is then left of the loss is the reconstruction, of which a batch of rests had none."""
-    update = Run.update
-
-    def resting(run, batch):
-        update(run, batch)
-        if run.step == 1:
-            run._window[-1] = {"loss": torch.tensor(20.0), "contrast": torch.tensor(5.0), "reconstruction": torch.tensor(0.0)}
-
-    monkeypatch.setattr(Run, "update", resting)
+    rests = {"loss": torch.tensor(20.0), "contrast": torch.tensor(5.0), "reconstruction": torch.tensor(0.0)}
+    measured(lambda step, terms: rests if step == 1 else terms)
     learn(recipe(steps=300, contrast=4, contrast_kept=1e-3), shards, tmp_path)
 
 
 @pytest.fixture
-def rising(monkeypatch):
+def rising(measured):
     """Makes the loss rise soon after the start."""
-    update = Run.update
-
-    def rise(run, batch):
-        update(run, batch)
-        if run.step > 50:
-            run._window[-1] = {name: 100 * value for name, value in run._window[-1].items()}
-
-    monkeypatch.setattr(Run, "update", rise)
+    measured(lambda step, terms: scaled(terms, 100 if step > 50 else 1))
 
 
 def test_a_loss_that_rises_soon_after_the_start_diverges(shards, tmp_path, quiet, rising):
