@@ -273,4 +273,4 @@ if __name__ == "__main__":
         if "corpus" in sets:
             for label, model in models.items():
                 error = rebuilding(sets["corpus"], model)
-                print(f"corpus        {len(sets['corpus']):3} tracks  {label:20} rebuilt with an error of {error:.1f} %", flush=True)
+                print(f"corpus        {len(sets['corpus']):3} tracks  {label:20} rebuilt with an error of {error:.2f} %", flush=True)
