@@ -446,7 +446,8 @@ class Objective(nn.Module):
         mapping = self.gather(mapping.contiguous()).flatten(0, -3)
         n_excerpts, n_frames, n_maps = mapping.shape
         wanted = n_excerpts * n_frames / self.settings.contrast_frames
-        n_groups = min((n for n in range(1, n_frames + 1) if n_frames % n == 0), key=lambda n: abs(math.log(n / wanted)))
+        divisors = [n for n in range(1, n_frames + 1) if n_frames % n == 0]
+        n_groups = sorted(divisors, key=lambda n: abs(math.log(n / wanted)))[0]  # torch.compile can't follow min
         dealt = mapping.unflatten(1, (-1, n_groups))
         return dealt.permute(2, 0, 1, 3).reshape(n_groups, -1, n_maps)
 

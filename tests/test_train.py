@@ -667,8 +667,8 @@ def test_tracks_too_short_are_neither_trained_nor_validated_on(tmp_path, quiet):
 
 
 def test_a_compiled_step_learns_the_same(shards, tmp_path, quiet, monkeypatch):
-    # traced and differentiated as ever, but run without a compiler, which takes half a minute
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    # traced as ever, in one piece, and differentiated, but run without a compiler, which takes half a minute
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     for choice in (False, True):
         learn(recipe(steps=10, compile=choice), shards, tmp_path / str(choice))
     plain, compiled = (read_json(tmp_path / str(choice) / "metrics.json") for choice in (False, True))
