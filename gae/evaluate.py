@@ -227,12 +227,12 @@ def _represent(path, model, k):
     """A recording that was transposed by k semitones, as each kind of feature: (n_frames, d) each."""
     cqt = model.cqt
     magnitudes = np.concatenate(list(magnitude_blocks(audio.blocks(path, cqt.sample_rate), cqt)))
-    compressed = compress(silence(magnitudes, magnitudes.max()), magnitudes.max(), cqt)
-    frames, folded = standardise(compressed), chroma(magnitudes, cqt)
-    shifted_back = transpose(compressed, -round(k * cqt.bins_per_octave / 12))
+    frames = standardise(compress(silence(magnitudes, magnitudes.max()), magnitudes.max(), cqt))
+    folded = chroma(magnitudes, cqt)
     return {
         "gae": extract_frames(frames, model),
-        "cqt_shifted_back": standardise(shifted_back),
+        # standardised first: what comes in from beyond the range is then unknown, not silent, and more is found
+        "cqt_shifted_back": transpose(frames, -round(k * cqt.bins_per_octave / 12)),
         "cqt": frames,
         "chroma_best_shift": folded,
         "chroma": folded,

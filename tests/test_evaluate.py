@@ -159,6 +159,14 @@ def test_the_frames_judged_are_those_that_are_converted(tmp_path, model):
     assert not expected[-10:].any()
 
 
+def test_what_the_baseline_shifts_in_says_nothing(corpus, model):
+    path = judging.heldout_file(corpus, heldout_pieces(corpus)[0], "transposed")
+    kinds = judging._represent(path, load_model(model), 2)
+    back, bins = kinds["cqt_shifted_back"], 2 * tiny.CQT.bins_per_octave // 12
+    assert np.array_equal(back[:, :-bins], kinds["cqt"][:, bins:])
+    assert not back[:, -bins:].any()
+
+
 def test_all_features_are_judged_on_the_same_frames(corpus, model):
     report = judge((0, heldout_pieces(corpus)[0]), corpus, model, SETTINGS, 6)
     chroma_of_samples = report["samples"]["chroma"][0]
