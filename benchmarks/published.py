@@ -17,8 +17,9 @@ wesnoth, hyperrogue, warzone2100, singularity
 corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not, and the error with
             which transposed frames are rebuilt
 
-Sets whose material or tools are missing are left out. The published weights are ../shared/data/cgae_pretrained.npz; from the
-original's own repository (cgae-invar) `gae import-weights model.save --out FILE` makes a file for `--weights`. Beside the weights
+Sets whose material or tools are missing are left out. The published weights are read from ../shared/data/cgae_pretrained.npz, beside the
+checkout, if it is there; otherwise `gae import-weights model.save --out FILE` makes a file for `--weights` from what the original's
+own repository (cgae-invar) holds. Beside the weights
 stands the constant-Q transform of the first of them, moved back by the known interval.
 """
 

@@ -3,8 +3,8 @@
     python benchmarks/quality.py [--steps 400 1600] [--corpus data/corpus] [--shards data/shards/train]
 
 For each number of steps: seconds from the start of stages/train.py to its end, and how the weights then do on the held-out pieces of
-the built-in corpus, beside those of ../shared/data/cgae_pretrained.npz; and the most memory that training took. Run it after
-`dvc repro preprocess`.
+the built-in corpus, beside the published ones if they are there (benchmarks/published.py); and the most memory that training
+took. Run it after `dvc repro preprocess`.
 """
 
 import argparse
