@@ -8,7 +8,8 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save
 
-from gae.commandline import warn
+from gae.commandline import explained, warn
+from gae.errors import GaeError
 from gae.files import remove_own, replacing, sweep
 
 _NAMES = r"[0-9a-f]{32}(\.safetensors)?"  # of checkpoints, and of the folders of their drawings
@@ -44,9 +45,14 @@ class Checkpoints:
         Returns
         -------
         dict or None
-            The facts saved with it; None where there is none, or it can't be read.
+            The facts saved with it; None where there is none, or it is damaged.
+
+        Raises
+        ------
+        GaeError
+            If it is there and can't be opened: that may pass, and it would be lost to the next.
         """
-        facts, tensors = self.fabric.broadcast(self._read() if self.fabric.is_global_zero else None)
+        facts, tensors = from_first(self.fabric, self._read)
         if facts is None:
             return None
         for name, module in self.modules.items():
@@ -75,21 +81,37 @@ class Checkpoints:
         remove_own(self.folder, _NAMES)
 
     def _read(self):
-        """The facts and the tensors of the last checkpoint, if there is one that can be read."""
+        """The facts and the tensors of the last checkpoint, if there is one that is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
         if not self.file.exists():
             return None, None
+        with open(self.file, "rb"):  # safetensors takes what it may not open for missing
+            pass
         try:
             with safetensors.safe_open(self.file, "pt") as file:
                 metadata = file.metadata()
             tensors = load_file(self.file)
             if metadata["sha256"] == _digest(metadata["gae"], tensors):
                 return json.loads(metadata["gae"]), tensors
-        except (OSError, safetensors.SafetensorError, KeyError, TypeError):
+        except (safetensors.SafetensorError, KeyError, TypeError):
             pass
         warn(f"{self.file}: damaged; training starts again from the first step")
         return None, None
+
+
+def from_first(fabric, action):
+    """What `action` gives in the first process, for all of them; where it fails all end, and the first says why in one line."""
+    result = refusal = None
+    if fabric.is_global_zero:
+        try:
+            result = action()
+        except (GaeError, OSError) as error:
+            refusal = explained(error)
+    result, refusal = fabric.broadcast((result, refusal))
+    if refusal:
+        raise GaeError(refusal) if fabric.is_global_zero else SystemExit(1)
+    return result
 
 
 def _restore(optimiser, tensors):

@@ -9,11 +9,11 @@ Both datasets are stored in one piece and not compressed, so what a file claims 
 """
 
 import json
+import operator
 import os
 import re
 import threading
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -227,7 +227,12 @@ def read(path: str | Path, start: int = 0, stop: int | None = None) -> Features:
     ------
     FormatError
         If it is missing, damaged, no feature file, or of another version.
+    OSError
+        If the system does not let it be read.
+    TypeError
+        If `start` or `stop` is no whole number.
     """
+    start, stop = (None if frame is None else operator.index(frame) for frame in (start, stop))
     with _opened(path) as file:
         header = _header(file, path)
         values, times = file["values"][start:stop], file["times"][start:stop]
@@ -440,21 +445,13 @@ def _text(path):
     return path.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
-@contextmanager
 def _opened(path):
-    """Yield an HDF5 file open for reading; whatever h5py makes of damage becomes a `FormatError`."""
+    """A feature file to be opened for reading, as `gae.hdf5.opened`."""
     if not os.path.exists(path):
         raise FormatError(f"{path}: no such file; run `dvc repro convert` or `gae convert`")
     if Path(path).suffix.lower() in (".npz", ".csv"):
         raise FormatError(f"{path}: only .h5 feature files are read here; numpy.load reads .npz, numpy.loadtxt .csv")
-    try:
-        hdf5.check_heaps(path)
-        with h5py.File(path, "r") as file:
-            yield file
-    except FormatError:
-        raise
-    except Exception as error:  # h5py raises whatever the damage suggests to it
-        raise FormatError(f"{path}: not a readable feature file ({reason(error)[:200]}); {_REMEDY}") from None
+    return hdf5.opened(path, "feature file", _REMEDY)
 
 
 def _header(file, path):

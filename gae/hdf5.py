@@ -1,5 +1,6 @@
 """HDF5 where the library alone would not do: on a disk that fills up, and in files whose damage it would read for ever."""
 
+import errno
 import os
 import re
 from contextlib import contextmanager
@@ -7,7 +8,11 @@ from io import FileIO
 
 import h5py
 
+from gae.errors import FormatError, reason
+
 _HEAD = 1 << 20  # bytes looked at: there our files have their attributes
+# what the system says of a file that may be sound: no right to read it, a lock on it, a disk or a server that fails, too many open
+_PASSING = {getattr(errno, name) for name in ("EACCES", "EPERM", "EAGAIN", "EBUSY", "EIO", "EMFILE", "ENFILE", "ESTALE", "ETIMEDOUT")}
 
 
 @contextmanager
@@ -34,6 +39,39 @@ def create(path):
         finally:
             if disk.error is not None:
                 raise disk.error
+
+
+@contextmanager
+def opened(path, kind, remedy):
+    """Yield an HDF5 file open for reading.
+
+    Parameters
+    ----------
+    path : str or Path
+    kind, remedy : str
+        What it should be, and what to do if it is not, for the message.
+
+    Yields
+    ------
+    h5py.File
+
+    Raises
+    ------
+    FormatError
+        If it is damaged; also where that shows later, inside the block.
+    OSError
+        If the system does not let it be read, which says nothing of what it holds. It names the file.
+    """
+    try:
+        check_heaps(path)
+        with h5py.File(path, "r") as file:
+            yield file
+    except FormatError:
+        raise
+    except Exception as error:  # h5py raises whatever the damage suggests to it
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        raise FormatError(f"{path}: not a readable {kind} ({reason(error)[:200]}); {remedy}") from None
 
 
 def check_heaps(path):

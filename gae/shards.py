@@ -155,19 +155,15 @@ def read_shard(file):
     Raises
     ------
     FormatError
-        If it can't be read, is of another version, or a track's frames don't have the shape that is claimed.
+        If it is damaged, of another version, or a track's frames don't have the shape that is claimed.
+    OSError
+        If the system does not let it be read, as `gae.hdf5.opened`.
     """
-    try:
-        hdf5.check_heaps(file)
-        with h5py.File(file, "r") as shard:
-            if shard.attrs.get("schema") != SCHEMA:
-                raise FormatError(f"{file}: schema {shard.attrs.get('schema')}, expected {SCHEMA}; {_REMEDY}")
-            cqt = Cqt.model_validate(json.loads(shard.attrs["cqt"]))
-            return cqt, {key: _read_track(file, key, group, cqt) for key, group in shard.items()}
-    except FormatError:
-        raise
-    except Exception as error:  # h5py raises whatever the damage suggests to it
-        raise FormatError(f"{file}: not a readable shard ({reason(error)}); {_REMEDY}") from None
+    with hdf5.opened(file, "shard", _REMEDY) as shard:
+        if shard.attrs.get("schema") != SCHEMA:
+            raise FormatError(f"{file}: schema {shard.attrs.get('schema')}, expected {SCHEMA}; {_REMEDY}")
+        cqt = Cqt.model_validate(json.loads(shard.attrs["cqt"]))
+        return cqt, {key: _read_track(file, key, group, cqt) for key, group in shard.items()}
 
 
 def read_blocks(file, key, n_frames=_BLOCK):

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from gae import plot
 from gae.batches import Excerpts, long_enough, n_frames_before
-from gae.checkpoints import Checkpoints
-from gae.commandline import explained, warn
+from gae.checkpoints import Checkpoints, from_first
+from gae.commandline import warn
 from gae.compute import give_back_memory, keep_memory
 from gae.cqt import transpose
-from gae.errors import GaeError, TrainingError, reason
+from gae.errors import TrainingError, reason
 from gae.files import code_digest, digest, read_json, remove_own, replacing, sweep, write_json
 from gae.locks import alone
 from gae.measures import invariance_top1, mean_and_error
@@ -115,14 +115,7 @@ def settled(train):
 def _alone(fabric, checkpoints):
     """Only this training uses the checkpoints: its first process locks them, and all end if it can't."""
     with ExitStack() as held:
-        refusal = None
-        if fabric.is_global_zero:
-            try:
-                held.enter_context(alone(checkpoints))
-            except (GaeError, OSError) as error:
-                refusal = explained(error)
-        if refusal := fabric.broadcast(refusal):
-            raise GaeError(refusal) if fabric.is_global_zero else SystemExit(1)  # one line is enough
+        from_first(fabric, lambda: held.enter_context(alone(checkpoints)))
         yield
 
 

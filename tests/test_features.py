@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import tracemalloc
@@ -202,6 +203,18 @@ def test_what_is_no_feature_file_is_refused(tmp_path, values):
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["values"] = values
     assert "schema None" in refused(tmp_path / "foreign.h5")
+
+
+def test_a_sound_file_that_can_not_be_read_is_not_called_damaged(tmp_path, values):
+    path = stored(tmp_path / "song.h5", values)
+    with pytest.raises(TypeError, match="integer"):
+        read(path, 0, 10.5)
+    with open(path, "rb+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a program does that has it open for writing
+        with pytest.raises(BlockingIOError) as caught:
+            read(path)
+    assert caught.value.filename == str(path)
+    assert len(read(path, np.int64(2), 5)) == 3
 
 
 def test_truncated_file_is_refused(tmp_path, values):

@@ -1,3 +1,4 @@
+import fcntl
 import os
 import shutil
 import signal
@@ -233,6 +234,18 @@ def test_a_damaged_shard_is_computed_again(folder, computed, capsys, damage, rol
     run()
     assert content() == before and "computed again" in capsys.readouterr().err
     assert sorted(computed) == {"train": [f"music/{name}.wav" for name in "bcde"], "convert": ["music/f.wav"]}[role]
+
+
+def test_a_shard_that_can_not_be_opened_stays(folder, computed):
+    """As one that another program has open for writing."""
+    run()
+    before = content()
+    (shard,) = Path("shards", "train").glob("*.h5")
+    with open(shard, "rb+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError) as caught:
+            run()
+    assert caught.value.filename == str(shard) and content() == before
 
 
 def test_a_file_that_changes_after_the_index_stops_the_run(folder, computed):

@@ -17,7 +17,7 @@ import torch
 
 from gae import params
 from gae import train as module
-from gae.errors import TrainingError
+from gae.errors import GaeError, TrainingError
 from gae.files import read_json, write_json
 from gae.modelfile import load_model
 from gae.shards import Shards
@@ -317,6 +317,21 @@ def test_a_damaged_checkpoint_costs_a_fresh_start(shards, tmp_path, quiet, crash
     capsys.readouterr()
     assert learn(recipe(), shards, tmp_path / "a") == unbroken and done[0] == 0
     assert f"warning: {file}: damaged; training starts again from the first step\n" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_can_not_be_opened_stays(shards, tmp_path, quiet, crash, monkeypatch):
+    """Rights, or a server that does not answer, may come back; the steps would not."""
+
+    def closed(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    stopped(recipe(), shards, tmp_path, crash)
+    (file,) = (tmp_path / "checkpoints").glob("*.safetensors")
+    before = file.read_bytes()
+    monkeypatch.setattr("gae.checkpoints.open", closed, raising=False)
+    with pytest.raises(GaeError, match=f"^{file}: Permission denied; make room or check the permissions, then run it again$"):
+        learn(recipe(), shards, tmp_path)
+    assert file.read_bytes() == before
 
 
 def test_checkpoints_come_at_their_time(shards, tmp_path, quiet, crash, monkeypatch):
