@@ -109,6 +109,7 @@ def mono(samples):
 
 def resample(samples, orig_rate, sample_rate):
     """Resample mono samples (n,) from `orig_rate` to `sample_rate`, both in Hz, as `blocks` does."""
+    samples = np.asarray(samples, dtype=np.float32)
     if orig_rate == sample_rate:
         return samples
     return soxr.ResampleStream(orig_rate, sample_rate, 1, dtype="float32").resample_chunk(samples, last=True)
@@ -153,6 +154,8 @@ def _pieces(sample_blocks, length):
 def _open(path):
     if os.path.isdir(path):
         raise AudioError(f"{path}: a folder; check the path, or name the files in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise AudioError(f"{path}: a pipe or a device, which can be read but once; write it to a file and convert that")
     try:
         file = soundfile.SoundFile(os.fsencode(path))  # a name need not be UTF-8
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from gae import audio, storage
 from gae.compute import beside_files, map_tracks
-from gae.cqt import analyse, frame_times
+from gae.cqt import analyse, frame_times, single
 from gae.errors import AudioError, FormatError, ParamsError
 from gae.features import Features, Origin, check_suffix, extract_blocks, validate, write
 from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
@@ -231,8 +231,7 @@ def _mono(samples, sample_rate):
         raise AudioError(f"samples: of shape {samples.shape}; give (n,) or (n, channels), not empty")
     if samples.ndim == 2 and samples.shape[1] > min(64, len(samples)):
         raise AudioError(f"samples: of shape {samples.shape}, so {samples.shape[1]} channels; give (n, channels), perhaps samples.T")
-    with np.errstate(over="ignore"):
-        mono = audio.mono(samples)
+    mono = audio.mono(single(samples))
     if not (np.abs(mono) < audio.LOUDEST).all():  # NaN compares as false
         raise AudioError("samples: NaN, infinite or too large; clean them first")
     return mono

@@ -33,7 +33,7 @@ def frames(samples, cqt):
     Parameters
     ----------
     samples : ndarray of float32, shape (n_samples,)
-        Mono, at `cqt.sample_rate`. Integers will do, as scale makes no difference.
+        Mono, at `cqt.sample_rate`. Other real types will do, as scale makes no difference.
     cqt : gae.params.Cqt
 
     Returns
@@ -49,11 +49,18 @@ def frames(samples, cqt):
     samples = np.asarray(samples)
     if samples.ndim != 1:
         raise AudioError(f"samples: of shape {samples.shape}, not mono; gae.audio.mono mixes (n, channels) down")
-    if samples.dtype.kind not in "iuf" or not np.isfinite(samples).all():
+    if samples.dtype.kind not in "iuf" or not np.isfinite(samples := single(samples)).all():
         raise AudioError(f"samples: of type {samples.dtype}, NaN or infinite; give finite real numbers")
-    samples = samples.astype(np.float32) if samples.dtype.kind in "iu" else samples
     with analyse([samples], cqt) as analysis:
         return np.concatenate([np.zeros((0, cqt.n_bins), np.float32), *analysis.blocks()])
+
+
+def single(samples):
+    """Samples of any real type as float32, their silence at 0: that of unsigned integers lies in the middle of their range."""
+    if samples.dtype.kind == "u":
+        samples = samples.astype(np.float64) - (1 << 8 * samples.dtype.itemsize - 1)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        return samples.astype(np.float32, copy=False)
 
 
 @contextmanager

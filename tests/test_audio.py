@@ -127,6 +127,7 @@ def test_samples_do_not_depend_on_how_they_are_read(write, monkeypatch, target):
     assert len(list(audio.blocks(path, target))) > 40
     assert np.allclose(audio.load(path, target), whole, atol=1e-6)
     assert np.allclose(audio.resample(samples, 22050, target), whole, atol=1e-6)
+    assert np.array_equal(audio.resample(samples.astype(np.float64), 22050, target), audio.resample(samples, 22050, target))
 
 
 def test_silence_is_audio(write):
@@ -282,6 +283,8 @@ def test_what_is_no_file_is_refused(tmp_path):
     assert "check the path" in refuse(tmp_path / "missing.wav")
     refuse(tmp_path)
     refuse(tmp_path / "a\0b.wav")
+    os.mkfifo(tmp_path / "pipe.wav")
+    assert "a pipe or a device" in refuse(tmp_path / "pipe.wav")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -336,6 +336,8 @@ def test_samples_of_any_type_and_scale(song, weights):
     values = extract(samples, 8000, model).values
     for other in ((samples * 2**15).astype(np.int16), samples.astype(np.float64), samples[:, None], np.column_stack([samples] * 2)):
         assert np.abs(extract(other, 8000, model).values - values).max() < 0.05
+    coarse = np.round(samples * 127)  # 8 bits, as WAV files have them
+    assert np.array_equal(extract((coarse + 128).astype(np.uint8), 8000, model).values, extract(coarse, 8000, model).values)
     assert np.array_equal(extract(samples.tolist(), 8000.0, weights).values, values)
 
 

@@ -222,7 +222,20 @@ def test_integers_are_samples():
     assert np.array_equal(frames(samples, tiny.CQT), frames(samples.astype(np.float32), tiny.CQT))
 
 
-@pytest.mark.parametrize("samples", [np.array([0, np.nan]), np.array([np.inf]), np.zeros(3, complex), np.array(["a"])])
+def test_the_silence_of_unsigned_integers_is_in_their_middle():
+    samples = np.round(100 * tiny.tone(1, 8000)).astype(np.int16)
+    expected = frames(samples, tiny.CQT)
+    assert np.array_equal(frames((samples + 128).astype(np.uint8), tiny.CQT), expected)
+    assert np.allclose(frames(((samples.astype(int) + 128) << 8).astype(np.uint16), tiny.CQT), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64, np.longdouble])
+def test_floats_of_any_width_are_samples(kind):
+    samples = tiny.tone(1, 8000).astype(kind)
+    assert np.array_equal(frames(samples, tiny.CQT), frames(samples.astype(np.float32), tiny.CQT))
+
+
+@pytest.mark.parametrize("samples", [np.array([0, np.nan]), np.array([np.inf]), np.array([1e39]), np.zeros(3, complex), np.array(["a"])])
 def test_what_is_no_sound_is_refused(samples):
     with pytest.raises(AudioError, match="give finite real numbers"):
         frames(samples, tiny.CQT)
