@@ -4,9 +4,11 @@ A model file (.safetensors, by `gae.model.save_model`) is enough to go from audi
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import safetensors
@@ -26,8 +28,9 @@ class Model:
 
     Attributes
     ----------
-    weights : dict of str to ndarray of float32
-        By name, as in `gae.model.GatedAutoencoder`.
+    weights : mapping of str to ndarray of float32
+        By name, as in `gae.model.GatedAutoencoder`. Read-only: ``dataclasses.replace(model, weights={**model.weights, ...})`` makes
+        another model.
     sizes : gae.params.Model
     cqt : gae.params.Cqt
     facts : dict
@@ -36,7 +39,7 @@ class Model:
         Hash of the file, 64 hexadecimal digits; empty where the weights come from no file.
     """
 
-    weights: dict[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]
     sizes: params.Model
     cqt: params.Cqt
     facts: dict = field(default_factory=dict)
@@ -49,6 +52,10 @@ class Model:
     def __post_init__(self):
         for array in self.weights.values():
             array.setflags(write=False)  # what is derived from them is remembered
+        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+
+    def __reduce__(self):  # copies are as fixed as this
+        return Model, (dict(self.weights), self.sizes, self.cqt, self.facts, self.sha256)
 
     @cached_property
     def network(self):

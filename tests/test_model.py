@@ -1,5 +1,8 @@
+import copy
+import dataclasses
 import json
 import os
+import pickle
 import re
 import struct
 import subprocess
@@ -15,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from gae import model as module
 from gae.errors import FormatError
+from gae.features import extract_frames
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.modelfile import load_model
 from gae.params import Train
@@ -319,6 +323,21 @@ def test_a_saved_model_comes_back(saved, network):
     x, y = excerpts()
     assert torch.equal(model.network.mapping(x, y), network.mapping(x, y)) and not model.network.training
     assert model.network is model.network  # or what is done to it would be lost
+
+
+def test_a_model_is_as_it_was_read(saved):
+    """Its features are remembered by what it is; copies too are fixed."""
+    model = load_model(saved)
+    frames = tiny.frames(40)
+    before = extract_frames(frames, model)
+    for fixed in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(TypeError):
+            fixed.weights["map_2.weight"] = np.zeros_like(model.weights["map_2.weight"])
+        with pytest.raises(ValueError, match="read-only"):
+            fixed.weights["map_2.weight"][:] = 0
+        assert np.array_equal(extract_frames(frames, fixed), before)
+    other = dataclasses.replace(model, weights={**model.weights, "map_2.weight": np.zeros_like(model.weights["map_2.weight"])})
+    assert not np.array_equal(extract_frames(frames, other), before)
 
 
 def test_a_small_model_file_gives_nearly_the_same(tmp_path, saved, network):
