@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def main(arguments=None):
     """Run the command `gae` with `arguments`, by default those of the process."""
     parser = _parser()
     given = parser.parse_args(arguments)
-    with one_line_errors(parser.prog):
+    if arguments is None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # or what is half written would stay
+    with one_line_errors(parser.prog, "files that are written are whole"):
         sys.exit(given.run(given))
 
 

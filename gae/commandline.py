@@ -1,6 +1,7 @@
 """What the command lines share: parameters, paths, and errors that end in one line."""
 
 import argparse
+import errno
 import signal
 import sys
 from contextlib import contextmanager
@@ -9,6 +10,13 @@ from types import SimpleNamespace
 
 from gae import params
 from gae.errors import GaeError, one_line, reason
+
+_REMEDIES = {
+    errno.ENAMETOOLONG: "shorten it",
+    errno.EEXIST: "remove it or name another",
+    errno.ENOTDIR: "name a folder",
+    errno.EAGAIN: "let the program end that has it open, then run this again",
+}
 
 
 @contextmanager
@@ -48,14 +56,14 @@ def stage(description, reads, **paths):
 
 
 @contextmanager
-def one_line_errors(program):
-    """End the program with one line on standard error where the user can mend what went wrong."""
+def one_line_errors(program, interrupted="run it again to go on"):
+    """End the program with one line on standard error where the user can mend what went wrong, or stopped it."""
     try:
         yield
     except (GaeError, OSError, MemoryError) as error:
         sys.exit(f"{program}: error: {explained(error)}")
     except KeyboardInterrupt:
-        sys.exit(f"{program}: interrupted; run it again to go on")
+        sys.exit(f"{program}: interrupted; {interrupted}")
 
 
 def explained(error):
@@ -66,7 +74,8 @@ def explained(error):
             return f"out of memory: {said}; use fewer workers, smaller sizes or shorter recordings"
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
-            return f"{one_line(where + reason(error.strerror or error))}; make room or check the permissions, then run it again"
+            remedy = _REMEDIES.get(error.errno, "make room or check the permissions, then run it again")
+            return f"{one_line(where + reason(error.strerror or error))}; {remedy}"
     return str(error)
 
 

@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from gae.cli import main
 from gae.features import SUFFIXES
 from gae.model import save_model
 from gae.modelfile import SHIPPED
+
+PLACES = f"{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parent}"
 
 
 @pytest.fixture(scope="module")
@@ -170,4 +174,27 @@ def test_what_is_no_audio_file_is_named_as_what_it_is(folder, weights, capsys):
 
 def test_what_can_not_be_written_is_said_with_a_remedy(folder, weights, capsys):
     _, _, error = run(capsys, "convert", "song.wav", "--out", "bad.wav/song.h5", "--weights", weights)
-    assert error == "gae: error: bad.wav: File exists; make room or check the permissions, then run it again\n"
+    assert error == "gae: error: bad.wav: File exists; remove it or name another\n"
+    _, _, error = run(capsys, "convert", "song.wav", "--out", f"{80 * '音'}.h5", "--weights", weights)
+    assert error == f"gae: error: {80 * '音'}.h5: File name too long; shorten it\n"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_conversion_leaves_nothing_half_written(folder, weights, sent):
+    code = """
+import sys, gae.cli, gae.features
+
+def endless(*arguments):
+    yield gae.features.extract_frames(__import__("tiny").frames(40), __import__("tiny").model())
+    print("writing", flush=True)
+    __import__("time").sleep(60)
+
+gae.convert.extract_blocks = endless
+gae.cli.main()
+"""
+    command = [sys.executable, "-c", code, "convert", "song.wav", "--out", "out/song.csv", "--weights", weights]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": PLACES})
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(sent)
+    assert process.communicate(timeout=60)[1] == "gae: interrupted; files that are written are whole\n"
+    assert process.returncode == 1 and not list((folder / "out").iterdir())
