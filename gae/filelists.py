@@ -1,5 +1,6 @@
 """Text files that list audio: one performance a line, comments, globs, and views separated by tabs."""
 
+import fnmatch
 import glob
 import os
 import re
@@ -26,8 +27,8 @@ def read_list(file):
 
     A line names an audio file, absolute, relative to the working folder or by URL, or several separated by tabs: views,
     the same performance in other sounds, equal in timing. ``#`` starts a comment at the beginning of a line or after white
-    space. ``*``, ``?``, ``[...]`` and ``**`` expand; in a line of several views each column expands on its own, in
-    sorted order, and the columns are paired.
+    space. ``*``, ``?``, ``[...]`` and ``**`` expand, but in the names of folders that exist; in a line of several views each column
+    expands on its own, in sorted order, and files are paired for which the wildcards stand for the same, or else in that order.
 
     Parameters
     ----------
@@ -60,10 +61,14 @@ def read_list(file):
 
 def check_list(file, coming):
     """Raise what `read_list` would raise, but for what is to come into the folder `coming`."""
+    coming = Path(os.path.abspath(coming))
     for number, text_line in enumerate(_text_lines(file), start=1):
-        for column in _columns(text_line):
-            if Path(coming) not in Path(column).parents:
-                _files(column, f"{file}, line {number}")
+        columns, where = _columns(text_line), f"{file}, line {number}"
+        there = [column for column in columns if coming not in Path(os.path.abspath(os.path.expanduser(column))).parents]
+        if there == columns:
+            _expand(columns, where)
+        for column in there:
+            _files(column, where)
 
 
 def _text_lines(file):
@@ -81,12 +86,34 @@ def _text_lines(file):
     return lines
 
 
-def _expand(columns, where, kinds):
+def _expand(patterns, where, kinds=None):
     """The tuples of paths that one line stands for."""
-    columns = [_files(column, where, kinds) for column in columns]
+    columns = [_files(pattern, where, kinds) for pattern in patterns]
     if len({len(column) for column in columns}) > 1:
         raise ListError(f"{where}: its views expand to {[len(column) for column in columns]} files; each column must give as many")
-    return list(zip(*columns, strict=True))
+    stands = [_stands(pattern, column) for pattern, column in zip(patterns, columns, strict=True)]
+    shared = set.intersection(*map(set, stands)) if len(columns) > 1 else set()
+    if not shared:  # as where a wildcard stands for the sound too
+        return list(zip(*columns, strict=True))
+    for files in stands:
+        if alone := [file for signs, file in files.items() if signs not in shared]:
+            raise ListError(f"{where}: {alone[0]} has no partner of its name among the views; rename one, or write each pair as a line")
+    return [tuple(files[signs] for files in stands) for signs in stands[0]]
+
+
+def _stands(pattern, files):
+    """For what the wildcards of a pattern stand in the files that it gave: {texts: file}; nothing if that can't be told."""
+    folder = _folder(pattern := os.path.expanduser(pattern))
+    parts = re.split(r"(\*\*/+|\*+|\?|\[!?\]?[^\]]*\])", pattern[len(folder) :])
+    kinds = {"**/": "((?:.*/)?)", "?": "([^/])"}
+    try:
+        signs = [kinds.get(part, "([^/]*)" if part[0] == "*" else f"({fnmatch.translate(part)[:-2]})") for part in parts[1::2]]
+        whole = re.compile("".join(text for pair in zip(map(re.escape, parts[::2]), [*signs, ""], strict=True) for text in pair), re.DOTALL)
+    except re.error:
+        return {}
+    found = [whole.fullmatch(file[len(folder) :]) for file in files]
+    told = {match.groups(): file for match, file in zip(found, files, strict=True) if match and match.groups()}
+    return told if len(told) == len(files) else {}
 
 
 def _columns(text):
@@ -103,7 +130,8 @@ def _columns(text):
 
 def _uncommented(column):
     """A column without its comment: "Sonata in C # minor.wav" is a name if such a file exists, and else a name with a comment."""
-    cuts = [mark.start() for mark in re.finditer(r"(^|\s)#", column)]
+    start = len(_folder(column))
+    cuts = [mark.start() for mark in re.finditer(r"(^|\s)#", column) if mark.start() >= start]
     if not cuts:
         return column
     for end in [len(column), *reversed(cuts)]:
@@ -132,7 +160,16 @@ def _files(pattern, where, kinds=None):
 
 def _matches(pattern, where):
     """The files that a glob names, sorted. Some patterns would walk the same folders again and again, for ever."""
-    if re.search(r"[*?[].*/\.\.(/|$)", pattern):
+    folder = _folder(pattern)
+    rest = pattern[len(folder) :]
+    if re.search(r"[*?[].*/\.\.(/|$)", rest):
         raise ListError(f"{where}: {pattern} goes up (..) after a wildcard; write the path without")
-    once = re.sub(r"(\*\*/+)+", "**/", pattern)
-    return matching(once)
+    return matching(glob.escape(folder) + re.sub(r"(\*\*/+)+", "**/", rest))
+
+
+def _folder(path):
+    """The folders at the beginning of a path or a glob that exist, up to a slash: no sign in them is a wildcard or a comment."""
+    if is_url(path):
+        return ""
+    ends = [slash.end() for slash in re.finditer("/", path[:_LONGEST])]
+    return next((path[:end] for end in reversed(ends) if kind(os.path.expanduser(path[:end])) == "folder"), "")

@@ -1,6 +1,8 @@
 import os
+import re
 import tracemalloc
 from contextlib import chdir
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -144,6 +146,23 @@ def test_globs_do_not_go_round_in_circles(tmp_path, monkeypatch):
     assert [line.paths[0] for line in read_list(tmp_path / "list.txt")] == ["a.wav", "deep/b.wav", "more/d.wav"]
 
 
+@pytest.mark.parametrize("pattern", ["live [2019]/*.wav", "live [2019]/one.wav", "live [2019]/**/*.wav # all of it", "live [[]2019]/*.wav"])
+def test_signs_in_the_names_of_folders_are_taken_literally(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    for name in ("live [2019]/one.wav", "live 2/other.wav", "Suite #1/a.wav", "Suite #1/b.wav"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    Path("list.txt").write_text(f"{pattern}\nSuite #1/*.wav # both\n{tmp_path}/Suite #1/a.wav\tSuite #1/c.wav")
+    with pytest.raises(ListError, match=r"^list\.txt, line 3: no such file: Suite #1/c\.wav; "):
+        read_list("list.txt")
+    Path("Suite #1/c.wav").touch()
+    assert [line.paths for line in read_list("list.txt")] == [
+        ("live [2019]/one.wav",),
+        *[(f"Suite #1/{name}.wav",) for name in "abc"],
+        (f"{tmp_path}/Suite #1/a.wav", "Suite #1/c.wav"),
+    ]
+
+
 def test_a_home_folder_expands(paths, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     assert paths("~/Sonata in C # minor.wav # mine") == [(f"{folder}/Sonata in C # minor.wav",)]
@@ -163,6 +182,43 @@ def test_globs_of_views_are_paired(read):
         (("views/p1.piano.ogg", "views/p1.organ.ogg"), 2),
         (("views/p2.piano.ogg", "views/p2.organ.ogg"), 2),
     ]
+
+
+@pytest.fixture
+def views(tmp_path, monkeypatch):
+    """The pairs that a line gives, of files of these names."""
+    monkeypatch.chdir(tmp_path)
+
+    def views(line, *names):
+        for name in names:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).touch()
+        Path("list.txt").write_text(line)
+        return [line.paths for line in read_list("list.txt")]
+
+    return views
+
+
+@pytest.mark.parametrize(
+    ("line", "pairs"),
+    [
+        ("v/*_piano.wav\tv/*_organ.wav", ["v/s_p2_piano.wav v/s_p2_organ.wav", "v/s_piano.wav v/s_organ.wav"]),
+        ("*/piano/**/?.wav\t*/organ/**/?.wav", ["r/piano/d/e/1.wav r/organ/d/e/1.wav", "r/piano/d/1.wav r/organ/d/1.wav"]),
+        ("[ab]1*.wav\tx/[ab]1*.flac", ["a1 b.wav x/a1 b.flac", "b1.wav x/b1.flac"]),
+        ("piano/*\torgan/*", ["piano/1 piano.wav organ/1 organ.wav", "piano/2 piano.wav organ/2 organ.wav"]),
+        ("piano/*\torgan/?.wav", ["piano/1.wav organ/1.wav", "piano/2.wav organ/2.wav"]),
+        ("p [x]/*.wav\to [x]/*.wav", ["p [x]/1-b.wav o [x]/1-b.wav", "p [x]/1.wav o [x]/1.wav"]),
+    ],
+)
+def test_files_are_paired_by_what_wildcards_stand_for(views, line, pairs):
+    pairs = [tuple(re.findall(r"[^.]*\.\w+(?: |$)", pair)) for pair in pairs]
+    pairs = [(one.strip(), other.strip()) for one, other in pairs]
+    assert sorted(views(line, *[name for pair in pairs for name in pair])) == sorted(pairs)
+
+
+def test_a_file_without_a_partner_is_refused(views):
+    with pytest.raises(ListError, match=r"^list\.txt, line 1: b/piano\.wav has no partner of its name among the views; "):
+        views("*/piano.wav\t*/organ.wav", "a/piano.wav", "a/organ.wav", "b/piano.wav", "c/organ.wav")
 
 
 def test_unequal_views_are_refused(refuse):
@@ -272,6 +328,9 @@ def test_only_what_is_to_come_may_be_missing(folder):
     check_list("early.txt", "made")
     with pytest.raises(ListError, match=r"early\.txt, line 1: no file matches made/\*/1\.flac"):
         read_list("early.txt")
+    (folder / "early.txt").write_text(f"{folder}/made/*/1.flac\nviews/*.piano.ogg\tviews/p1.organ.ogg")
+    with pytest.raises(ListError, match=r"early\.txt, line 2: its views expand to \[2, 1\] files"):
+        check_list("early.txt", "made")
     (folder / "early.txt").write_text("made/*/1.flac\nmusic/three.wav\n")
     with pytest.raises(ListError, match=r"early\.txt, line 2: no such file: music/three\.wav"):
         check_list("early.txt", "made")
