@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import librosa
 import numpy as np
 
-from gae.errors import AudioError
+from gae.errors import AudioError, in_temporary
 
 _PIECE = 16384  # frames transformed at a time
 _DUST = 1e-6  # of the largest magnitude: a frame without more holds rounding errors that sound before or after it left
@@ -104,7 +104,7 @@ def _spool(piece, file):
         while rest:
             rest = rest[file.write(rest) :]
     except OSError as error:  # a file without a name
-        raise OSError(error.errno, error.strerror, f"{tempfile.gettempdir()} (or another folder, named by TMPDIR)") from None
+        raise in_temporary(error) from None
 
 
 def magnitude_blocks(sample_blocks, cqt):

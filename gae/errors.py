@@ -1,5 +1,7 @@
 """What can go wrong through no fault of the program: one line that names the culprit and the remedy."""
 
+import tempfile
+
 _LONGEST = 2000  # characters of a message
 
 
@@ -37,6 +39,11 @@ class TrainingError(GaeError):
 def reason(error):
     """What an exception of others says, its lines joined, to be part of a message."""
     return " ".join(str(error).split())
+
+
+def in_temporary(error):
+    """An `OSError` about a temporary file, whose name would say nothing, as one about the folder that can't hold it."""
+    return OSError(error.errno, error.strerror, f"{tempfile.gettempdir()} (or another folder, named by TMPDIR)")
 
 
 def one_line(message):

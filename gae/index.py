@@ -116,7 +116,7 @@ def _look(paths, remembered, compute):
     """What each file holds, opening only those that changed: {path: {size, mtime, sha256, samples, ... or error}}."""
     known = _recall(remembered)
     stamps = storage.each(storage.stamp, paths)
-    fresh = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
+    fresh = [path for path in paths if not stamps[path] or known.get(path, {}).get("stamp") != stamps[path]]
     examined = {}
     for where, some in by_place(fresh, compute):
         examined |= zip(some, map_tracks(examine, some, where, "index"), strict=True)

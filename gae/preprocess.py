@@ -41,7 +41,7 @@ def preprocess(params, index_file, out, staging):
     Raises
     ------
     AudioError
-        If a file changed since it was indexed, or can't be used and data.on_error is "stop".
+        If a file changed since it was indexed or can't be read any more, or can't be used and data.on_error is "stop".
     ListError
         If nothing usable is left of a list.
     FormatError
@@ -133,8 +133,17 @@ def compute_track(file, cqt, dtype, place):
                 facts = {"path": file["path"], "duration": file["seconds"], "peak": analysis.peak, "code": _code()}
                 shards.add_track(shard, file["key"], analysis.blocks(), cqt.n_bins, dtype, **facts)
     except AudioError as error:
-        return str(error)
+        return str(error) if _as_indexed(file) else f"{file['path']}: changed, or can't be read any more; run again"
     return None
+
+
+def _as_indexed(file):
+    """Whether the bytes are there that were indexed: what can't be read for a moment is not to be left out for good."""
+    try:
+        with storage.fetched(file["path"]) as path:
+            return content_hash(path) == file["sha256"]
+    except (AudioError, OSError):
+        return False
 
 
 @cache

@@ -4,6 +4,7 @@ Keys, endpoints and the like come from the storage's own configuration, such as 
 machine never meet fsspec.
 """
 
+import errno
 import glob
 import os
 import re
@@ -14,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from gae.errors import AudioError, GaeError, StorageError, reason
+from gae.errors import AudioError, GaeError, StorageError, in_temporary, reason
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _REQUESTS = 16  # under way at a time
@@ -41,7 +42,10 @@ def kind(path):
     with _reached(path) as files:
         try:
             return "folder" if files.info(path)["type"] == "directory" else "file"
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            said = error.__cause__
+            if path.startswith(("http://", "https://")) and said and getattr(said, "status", None) not in (404, 410):
+                raise said from None  # whatever a server says is "not found" to fsspec, and that it says nothing
             return None
 
 
@@ -79,7 +83,7 @@ def _folders(folder, above=()):
 
 
 def stamp(path):
-    """What changes when the file does, without opening it: a list of numbers and texts."""
+    """What changes when the file does, without opening it: a list of numbers and texts; nothing where only opening it can tell."""
     if not is_url(path):
         with suppress(OSError):  # whoever opens it tells
             status = os.stat(path)
@@ -87,7 +91,8 @@ def stamp(path):
         return []
     with _reached(path) as files:
         about = files.info(path)
-    return [about["size"], *(str(about[name]) for name in _VERSIONS if about.get(name))][:2]
+    versions = [str(about[name]) for name in _VERSIONS if about.get(name)]
+    return [about["size"], versions[0]] if versions else []
 
 
 def each(function, paths):
@@ -150,7 +155,12 @@ def storing(url):
         file = Path(folder) / named(url).name
         yield file
         with _reached(url, missing=StorageError) as files:
-            files.put_file(str(file), url)
+            try:
+                files.put_file(str(file), url)
+            except FileNotFoundError:  # some storages have folders
+                with suppress(FileExistsError):
+                    files.mkdir(os.path.dirname(url), create_parents=False)  # with parents S3 would make a bucket
+                files.put_file(str(file), url)
 
 
 def below(url):
@@ -178,12 +188,20 @@ def _reached(url, missing=None):
         if missing is None:
             raise
         raise missing(f"{url}: there is no such file or bucket; correct the URL") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _unreachable(url, error) from None
+        raise in_temporary(error) from None
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or error.name
         raise StorageError(f"{url}: this storage needs another package; pip install {package} here and for the workers") from None
     except Exception as error:  # each storage raises its own
-        what = reason(error) or type(error).__name__
-        raise StorageError(f"{url}: {what}; check the URL, and keys and endpoint in the storage's own configuration") from None
+        raise _unreachable(url, error) from None
+
+
+def _unreachable(url, error):
+    what = reason(error) or type(error).__name__
+    return StorageError(f"{url}: {what}; check the URL, and keys and endpoint in the storage's own configuration")
 
 
 @lru_cache(maxsize=16)

@@ -259,9 +259,35 @@ def test_a_file_that_changes_after_the_index_stops_the_run(folder, computed):
     assert computed == ["music/d.wav"]  # the others waited
 
 
-def test_a_file_that_breaks_after_the_index_is_skipped_or_stops_the_run(folder, computed, capsys):
+def test_a_file_that_is_gone_after_the_index_stops_the_run(folder, computed):
+    """It may be back; left out, it would stay so, as the index would be the same."""
     index()
-    os.unlink("music/d.wav")
+    os.rename("music/d.wav", "music/away.wav")
+    with pytest.raises(AudioError, match=r"^music/d\.wav: changed, or can't be read any more; run again$"):
+        preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+    os.rename("music/away.wav", "music/d.wav")
+    computed.clear()
+    preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+    assert computed == ["music/d.wav"]
+
+
+@pytest.fixture
+def unusable(monkeypatch):
+    """Files whose frames can't be computed, though they are what was indexed."""
+    names, blocks = set(), module.audio.blocks
+
+    def refusing(path, sample_rate):
+        if path in names:
+            raise AudioError(f"{path}: damaged")
+        return blocks(path, sample_rate)
+
+    monkeypatch.setattr(module.audio, "blocks", refusing)
+    return names
+
+
+def test_a_file_that_gives_no_frames_is_skipped_or_stops_the_run(folder, computed, unusable, capsys):
+    index()
+    unusable.add("music/d.wav")
     with pytest.raises(AudioError, match=r"^music/d\.wav: "):
         preprocess(values(data={"on_error": "stop"}), Path("index.json"), Path("shards"), Path("staging"))
     for count in (0, 2):
@@ -270,10 +296,10 @@ def test_a_file_that_breaks_after_the_index_is_skipped_or_stops_the_run(folder, 
         assert capsys.readouterr().err.count("warning: skipped music/d.wav: ") == 1
 
 
-def test_nothing_usable_is_an_error(folder, computed):
+def test_nothing_usable_is_an_error(folder, computed, unusable):
     lists(["a"], ["f"])
     index()
-    os.unlink("music/f.wav")
+    unusable.add("music/f.wav")
     with pytest.raises(ListError, match=r"nothing usable is left of the convert list"):
         preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
 

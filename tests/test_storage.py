@@ -1,11 +1,13 @@
 """Audio and computed frames at URLs: the same results as with files, and every mishap one line that names the URL."""
 
+import errno
 import os
 import signal
 import sys
 import threading
 import time
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
@@ -22,7 +24,7 @@ from gae.convert import convert_file, feature_names
 from gae.errors import AudioError, FormatError, GaeError, ListError, StorageError
 from gae.features import read
 from gae.filelists import read_list
-from gae.files import digest, read_json
+from gae.files import content_hash, digest, read_json
 from gae.shards import Shards
 
 CQT = {"sample_rate": 8000, "hop_length": 256, "fmin": 110.0, "n_bins": 36, "bins_per_octave": 12}
@@ -225,6 +227,57 @@ def test_only_urls_that_changed_are_fetched_again(music, inline):
     assert [a == b for a, b in zip(read_json("index.json")["train"], before["train"], strict=True)] == [True, False, True]
 
 
+def test_what_tells_no_version_is_looked_at_each_time(music, inline, monkeypatch):
+    """As what a server makes on demand."""
+    lists(["memory://bucket/a.wav"], ["memory://bucket/a.wav"])
+    info = type(music).info
+    monkeypatch.setattr(type(music), "info", lambda *arguments, **more: {**info(*arguments, **more), "created": None, "size": None})
+    for frequency in (200.0, 700.0):
+        sing("a", frequency)
+        indexing.index(values("staging"), "index.json", "memory.json")
+        assert read_json("index.json")["train"][0][0]["sha256"] == content_hash("music/a.wav")
+
+
+@pytest.mark.parametrize(("status", "said"), [(404, "no such file"), (403, "403"), (503, "503")])
+def test_what_a_server_says_is_passed_on(status, said):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(status)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        Path("list.txt").write_text(url := f"http://127.0.0.1:{server.server_port}/a.wav")
+        with pytest.raises(ListError if status == 404 else StorageError, match=said) as caught:
+            read_list("list.txt")
+        server.shutdown()
+    assert url in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    if status == 404:
+        with pytest.raises(StorageError, match="check the URL"):  # nobody listens any more
+            read_list("list.txt")
+
+
+def test_a_full_disk_here_is_not_blamed_on_the_url(music, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(music), "get", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.* \(or another folder, named by TMPDIR\)'"):
+        convert_file("memory://bucket/a.wav", "a.h5", "pretrained")
+
+
+def test_frames_wait_in_storages_that_have_folders(both_lists, inline, tmp_path):
+    (tmp_path / "there").mkdir()
+    assert run(f"file://{tmp_path}/there") == run("staging", "elsewhere")
+    assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
+    with pytest.raises(StorageError, match="there is no such file or bucket; correct the URL"):
+        run(f"file://{tmp_path}/nowhere/at/all", "third")
+
+
 def test_bad_audio_at_a_url_is_skipped_by_its_name(music, inline, capsys):
     music.pipe("/bucket/text.wav", b"a letter")
     lists(["memory://bucket/text.wav", "memory://bucket/a.wav"], ["music/b.wav"])
@@ -317,15 +370,16 @@ def test_a_damaged_file_that_waits_is_one_line(both_lists, inline, music):
     assert len(str(caught.value).splitlines()) == 1 and "gae-" not in str(caught.value)
 
 
-def test_a_file_that_is_gone_after_the_index_is_skipped(both_lists, inline, music, capsys):
+def test_a_file_that_is_gone_after_the_index_stops_the_run(both_lists, inline, music):
     settings = values("memory://bucket/staging")
     indexing.index(settings, "index.json", "memory.json")
     music.rm("/bucket/a.wav")
-    preprocess.preprocess(settings, Path("index.json"), Path("shards"), "memory://bucket/staging")
-    assert "warning: skipped memory://bucket/a.wav: there is no such file" in capsys.readouterr().err
+    with pytest.raises(AudioError, match=r"^memory://bucket/a\.wav: changed, or can't be read any more; run again$"):
+        preprocess.preprocess(settings, Path("index.json"), Path("shards"), "memory://bucket/staging")
+    sing("a", 200.0)
     sing("b", 700.0)
     with pytest.raises(AudioError, match=r"^memory://bucket/b\.wav: changed while it was read; run again$"):
-        preprocess.preprocess(settings, Path("index.json"), Path("afresh"), "memory://bucket/staging")
+        preprocess.preprocess(settings, Path("index.json"), Path("afresh"), "memory://bucket/other")
 
 
 def test_frames_that_do_not_arrive_are_one_line(music, monkeypatch):
