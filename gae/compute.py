@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gae.errors import GaeError
+from gae.errors import GaeError, reason
 from gae.files import PACKAGES, code_digest
 from gae.storage import is_url
 
@@ -50,8 +50,8 @@ def map_tracks(function, items, compute, label, arguments=()):
     Raises
     ------
     GaeError
-        If a worker process was killed, no Dask scheduler answers, or a worker does not see this machine's files or has
-        other code.
+        If a worker process was killed (Dask's: again and again), no Dask scheduler answers, or a worker does not see this
+        machine's files or has other code.
     """
     if not items:
         return []
@@ -117,7 +117,14 @@ def _executor(compute):
     workers = compute.workers or n_cores()
     if not _here(compute):
         with _dask_client(compute, workers) as client:
-            yield client.get_executor(pure=False, retries=_RETRIES)
+            from distributed.scheduler import KilledWorker
+
+            try:
+                yield client.get_executor(pure=False, retries=_RETRIES)
+            except KilledWorker:
+                raise GaeError("Dask: a track killed its workers (out of memory?); see their logs, then run again") from None
+            except CancelledError:
+                raise GaeError("Dask: the scheduler went away; start it and run again, it goes on where it was") from None
         return
     # children read these when they import numpy: one thread each, as many processes as cores
     with _environment(dict.fromkeys(_THREADS, "1")):
@@ -165,6 +172,8 @@ def _dask_client(compute, workers):
             raise GaeError(
                 f"compute.scheduler: no Dask scheduler answers at {compute.scheduler}; start one with `dask scheduler`"
             ) from None
+        except (TypeError, ValueError) as error:  # no certificate for tls, a port that is none
+            raise GaeError(f"compute.scheduler: {compute.scheduler}: {reason(error)}; correct it, or Dask's own configuration") from None
         with client:
             yield client
         return
@@ -206,15 +215,41 @@ def _at(folder, code, function, *arguments):
             f"the worker on {socket.gethostname()} has another gae, or other versions of {', '.join(PACKAGES)}, than this machine; "
             "install the same there and start it again"
         )
-    if folder is not None:
+    with _working_folder.at(folder):
+        return function(*arguments)
+
+
+class _WorkingFolder:
+    """That of this process. Dask's workers may have several threads, and work for several projects: one waits for the other."""
+
+    def __init__(self):
+        self._free, self._users = threading.Condition(), 0
+
+    @contextmanager
+    def at(self, folder):
+        """Be in a folder, together with others who want the same; in any if it is None."""
+        if folder is None:
+            yield
+            return
+        with self._free:
+            self._free.wait_for(lambda: not self._users or os.getcwd() == os.path.realpath(folder))
+            try:
+                os.chdir(folder)
+            except OSError as error:
+                raise GaeError(
+                    f"{folder}: not seen by the worker on {socket.gethostname()} ({error.strerror}); "
+                    "share it, or name a URL in compute.staging (docs/scale.md)"
+                ) from None
+            self._users += 1
         try:
-            os.chdir(folder)
-        except OSError as error:
-            raise GaeError(
-                f"{folder}: not seen by the worker on {socket.gethostname()} ({error.strerror}); "
-                "share it, or name a URL in compute.staging (docs/scale.md)"
-            ) from None
-    return function(*arguments)
+            yield
+        finally:
+            with self._free:
+                self._users -= 1
+                self._free.notify_all()
+
+
+_working_folder = _WorkingFolder()
 
 
 def _here(compute):

@@ -221,7 +221,7 @@ class Compute(Section):
 
     workers: int = Field(0, ge=0, le=4096, description="worker processes; 0 for one a core")
     scheduler: str = Field(
-        "local", pattern=r"^(local|(tcp|tls)://.+)$", description="local, or the address of a Dask scheduler: tcp://host:port"
+        "local", pattern=r"^(local|(tcp|tls)://.+:[0-9]+)$", description="local, or the address of a Dask scheduler: tcp://host:port"
     )
     cluster: Literal["none", "local", "slurm"] = Field("none", description="Dask cluster to start where scheduler is local")
     staging: str = Field(

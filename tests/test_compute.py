@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import dask
 import pytest
 
+from gae import compute as computing
 from gae.compute import map_tracks, submitting
 from gae.errors import GaeError
-from gae.params import Compute
+from gae.params import Compute, validate
 
 
 def slow_copy(item, folder):
@@ -48,6 +50,33 @@ def test_relative_paths_mean_what_they_mean_to_the_caller(cluster, tmp_path, mon
     with submitting(Compute(scheduler=cluster[0])) as submit:
         submit(slow_copy, "corpus", ".").result()
     assert {file.name: file.read_text() for file in (tmp_path / "music").iterdir()} == {"song.txt": "song\n", "corpus.txt": "corpus\n"}
+
+
+def test_threads_of_one_worker_wait_for_their_folder(tmp_path, monkeypatch):
+    """Those of two projects, which share a cluster."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: computing._at(str(tmp_path / "ab"[n % 2]), None, slow_copy, n, "."), range(8)))
+    for n, name in enumerate("ab"):
+        assert {path.name for path in (tmp_path / name).iterdir()} == {f"{number}.txt" for number in range(n, 8, 2)}
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [("tcp://localhost", "allowed"), ("tcp://localhost:abc", "allowed"), ("tls://localhost:9", "compute.scheduler: tls")],
+)
+def test_an_address_that_is_none_is_one_line(address, why):
+    with pytest.raises(GaeError, match=why) as caught:
+        map_tracks(slow_copy, [1], validate({"compute": {"scheduler": address}}).compute, "remote", (".",))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_track_that_kills_its_workers_is_one_line(monkeypatch):
+    monkeypatch.setattr(computing, "_RETRIES", 0)
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}), pytest.raises(GaeError, match="Dask: a track killed its workers"):
+        map_tracks(die, [1], Compute(cluster="local", workers=1), "remote")
 
 
 def test_no_scheduler_is_one_line(monkeypatch):
