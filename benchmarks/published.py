@@ -17,10 +17,11 @@ wesnoth, hyperrogue, warzone2100, singularity
 corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not, and the error with
             which transposed frames are rebuilt
 
-Sets whose material or tools are missing are left out. The published weights are read from ../shared/data/cgae_pretrained.npz, beside the
-checkout, if it is there; otherwise `gae import-weights model.save --out FILE` makes a file for `--weights` from what the original's
-own repository (cgae-invar) holds. Beside the weights
-stands the constant-Q transform of the first of them, moved back by the known interval.
+Figures stand with their standard errors, by bootstrap over the pieces. Sets whose material or tools are missing are left out. The
+published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae import-weights
+model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They are also shown with our
+frames, which are compressed. Beside the weights stands the constant-Q transform of the first of them, moved back by the known
+interval, a frame alone and with all those that the weights see.
 """
 
 import argparse
@@ -42,9 +43,9 @@ import gae
 from gae import audio
 from gae.corpus import COMPASS, NOTE, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
 from gae.cqt import frames, transpose
-from gae.evaluate import TOLERANCES, heldout_file, heldout_pieces, reconstruction_error
+from gae.evaluate import TOLERANCES, copy_error, heldout_file, heldout_pieces, in_context, reconstruction_error
 from gae.features import extract_frames
-from gae.measures import align, beats_within, invariance_top1, pool, stack
+from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, stack
 from gae.modelfile import SHIPPED
 from gae.weights import from_arrays
 
@@ -64,7 +65,7 @@ TAKES = 3  # of each piece for the piano
 
 
 def piano_pairs(jkupdd, soundfont, folder):
-    """Renderings of the JKUPDD pieces: a list of (original, transposed, semitones)."""
+    """Renderings of the JKUPDD pieces: a list of (piece, original, transposed, semitones)."""
     import midirenderer
 
     pairs = []
@@ -89,12 +90,12 @@ def piano_pairs(jkupdd, soundfont, folder):
                 wave = midirenderer.render_wave_from(Path(soundfont).read_bytes(), midi.getvalue())
                 rendered.append(folder / f"{path.stem}-{take}-{shift}.wav")
                 rendered[-1].write_bytes(wave)
-            pairs.append((*rendered, k))
+            pairs.append((path.stem, *rendered, k))
     return pairs
 
 
 def performed_pairs(midi, soundfont, folder):
-    """Renderings of up to three minutes of each of MAESTRO's performances in a folder: a list of (original, transposed, semitones)."""
+    """Up to three minutes of each of MAESTRO's performances in a folder, played: a list of (piece, original, transposed, semitones)."""
     import midirenderer
 
     pairs = []
@@ -108,7 +109,7 @@ def performed_pairs(midi, soundfont, folder):
                 wave = midirenderer.render_wave_from(Path(soundfont).read_bytes(), minute_from(start, played.instruments[0], shift))
                 rendered.append(folder / f"{path.stem}-{number}-{shift}.wav")
                 rendered[-1].write_bytes(wave)
-            pairs.append((*rendered, k))
+            pairs.append((path.stem, *rendered, k))
     return pairs
 
 
@@ -128,7 +129,7 @@ def minute_from(start, part, shift):
 def piano_performances(jkupdd, soundfont, folder):
     """Alignments to make with the JKUPDD pieces: a list of dict.
 
-    original, transposed, performance: audio files; beats: score and performance, times in s of the same beats.
+    piece; original, transposed, performance: audio files; k: semitones; beats: score and performance, times in s of the same beats.
     """
     tasks = []
     for number, (name, tempo) in enumerate(TEMPI.items()):
@@ -141,11 +142,11 @@ def piano_performances(jkupdd, soundfont, folder):
             steady, free = perform(notes, tempo, STEADY, rng), perform(notes, tempo * rng.uniform(0.75, 1.25), FREE, rng)
             lifted = free.times(2 * np.ceil(free.quarters_at(free.ends) / 2))  # the pedal, every two quarters
             free = replace(free, ends=np.where(rng.random(len(notes)) < 0.5, lifted, free.ends))
-            beats = np.arange(math.ceil(notes["onset"].max()))
-            task = {"beats": {"score": steady.times(beats), "performance": free.times(beats)}}
+            beats, k = np.arange(math.ceil(notes["onset"].max())), int(rng.choice(SHIFTS))
+            task = {"piece": name, "k": k, "beats": {"score": steady.times(beats), "performance": free.times(beats)}}
             takes = {
                 "original": Take(steady, (0,), 0),
-                "transposed": Take(steady, (0,), int(rng.choice(SHIFTS))),
+                "transposed": Take(steady, (0,), k),
                 "performance": Take(free, (1,), 0),
             }
             for kind, played in takes.items():
@@ -160,14 +161,14 @@ def corpus_performances(corpus):
     """Alignments to make with the held-out pieces of the built-in corpus, as `piano_performances`."""
     takes = ("original", "transposed", "performance")
     return [
-        {"beats": piece["beats"]} | {take: heldout_file(corpus, piece, take) for take in takes}
+        {"piece": piece["id"], "k": piece["k"], "beats": piece["beats"]} | {take: heldout_file(corpus, piece, take) for take in takes}
         for piece in heldout_pieces(corpus)
         if piece["beats"]["score"]
     ]
 
 
 def recording_pairs(source, folder, count=24):
-    """Excerpts of recordings and the same shifted by Rubber Band: a list of (original, transposed, semitones)."""
+    """Excerpts of recordings and the same shifted by Rubber Band: a list of (piece, original, transposed, semitones)."""
     files = sorted(path for path in Path(source).rglob("*") if path.suffix in {".ogg", ".opus", ".flac", ".mp3", ".wav"})
     files = [path for path in files if path.stat().st_size > 500_000]
     pairs = []
@@ -178,14 +179,14 @@ def recording_pairs(source, folder, count=24):
         original, shifted = (folder / f"{Path(source).parts[-2]}-{number}{kind}.wav" for kind in ("", "-shifted"))
         soundfile.write(original, samples[middle : middle + 60 * 44100], 44100)
         subprocess.run(["rubberband", "-q", "-p", str(k), original, shifted], check=True, capture_output=True)
-        pairs.append((original, shifted, k))
+        pairs.append((number, original, shifted, k))
     return pairs
 
 
 def corpus_pairs(corpus):
-    """The held-out pieces of the built-in corpus: a list of (original, transposed, semitones)."""
+    """The held-out pieces of the built-in corpus: a list of (piece, original, transposed, semitones)."""
     takes = ("original", "transposed")
-    return [(*(heldout_file(corpus, piece, take) for take in takes), piece["k"]) for piece in heldout_pieces(corpus)]
+    return [(piece["id"], *(heldout_file(corpus, piece, take) for take in takes), piece["k"]) for piece in heldout_pieces(corpus)]
 
 
 @cache
@@ -194,44 +195,60 @@ def frames_of(path, cqt):
     return frames(audio.load(path, cqt.sample_rate), cqt)
 
 
-def features_of(path, model):
-    """Features of an audio file: (n_frames, n_maps)."""
+def features_at(model, path, _):
+    """Features of an audio file, in whatever key: (n_frames, n_maps)."""
     return extract_frames(frames_of(path, model.cqt), model)
 
 
-def shifted_back(path, model, k):
+def shifted_back(model, path, k):
     """Frames of an audio file, moved down by k semitones: (n_frames, n_bins)."""
     return transpose(frames_of(path, model.cqt), -round(k * model.cqt.bins_per_octave / 12))
 
 
+def shifted_back_in_context(model, path, k):
+    """The same, each beside the frames that the model's features see too: (n_frames, (context + 1) n_bins)."""
+    return in_context(shifted_back(model, path, k), model.sizes)
+
+
 def invariance(pairs, represent):
-    """Top-1 in percent for one frame and for eight stacked, over all pairs together; `represent` takes a path and its semitones."""
+    """Top-1 for one frame and for eight stacked, over all pairs together, as text; `represent` takes a path and its semitones."""
     queries, candidates = {1: [], STACK: []}, {1: [], STACK: []}
-    for number, (original, transposed, k) in enumerate(tqdm(pairs, leave=False)):
+    for number, (_, original, transposed, k) in enumerate(tqdm(pairs, leave=False)):
         one, other = represent(original, 0), represent(transposed, k)
         starts = np.random.default_rng(number).choice(min(len(one), len(other)) - STACK, FRAMES, replace=False)
         for n in queries:
             queries[n].append(stack(one, starts, n))
             candidates[n].append(stack(other, starts, n))
-    return [100 * invariance_top1(np.concatenate(queries[n]), np.concatenate(candidates[n])).mean() for n in queries]
+    found = [invariance_top1(np.concatenate(queries[n]), np.concatenate(candidates[n])).reshape(len(pairs), -1).mean(1) for n in queries]
+    return shown([piece for piece, *_ in pairs], np.transpose(found))
 
 
-def alignment(tasks, model, take):
-    """Beats in percent within each tolerance when the rendering `take`, original or transposed, is aligned with the performance."""
-    shares, n = [], max(1, round(HOP / model.cqt.frame_seconds))
-    hop, first = n * model.cqt.frame_seconds, (n - 1) / 2 * model.cqt.frame_seconds
+def alignment(tasks, represent, seconds, take):
+    """Beats within each tolerance when the rendering `take`, original or transposed, is aligned with the performance, as text.
+
+    Frames are `seconds` apart.
+    """
+    shares, n = [], max(1, round(HOP / seconds))
     for task in tqdm(tasks, leave=False):
-        score, performance = (pool(features_of(task[name], model), n) for name in (take, "performance"))
-        times = align(score, performance).times(task["beats"]["score"], hop, first)
+        score, performance = represent(task[take], task["k"] if take == "transposed" else 0), represent(task["performance"], 0)
+        times = align(pool(score, n), pool(performance, n)).times(task["beats"]["score"], n * seconds, (n - 1) / 2 * seconds)
         shares.append(beats_within(times, task["beats"]["performance"], TOLERANCES.values()))
-    return 100 * np.mean(shares, axis=0)
+    return shown([task["piece"] for task in tasks], shares)
+
+
+def shown(pieces, shares):
+    """Means of shares (n_tracks, n) in percent, with standard errors over the pieces: takes of one piece fail together."""
+    shares = 100 * np.asarray(shares)
+    groups = [shares[[other == piece for other in pieces]].mean(0) for piece in dict.fromkeys(pieces)]
+    errors = bootstrap(groups, 1000, seed=1)
+    return " / ".join(f"{mean:.1f} ± {error:.1f}" for mean, error in zip(shares.mean(0), errors, strict=True)) + " %"
 
 
 def rebuilding(pairs, model, shift=12):
-    """Error in percent of the power with which frames are rebuilt, moved by up to `shift` bins."""
-    originals = [frames_of(original, model.cqt) for original, _, _ in tqdm(pairs, leave=False)]
+    """Errors in percent of the power: of frames rebuilt, moved by up to `shift` bins, and of the frame before in the place of each."""
+    originals = [frames_of(original, model.cqt) for _, original, _, _ in tqdm(pairs, leave=False)]
     errors = [reconstruction_error(frames, model.network, shift, np.random.default_rng(n)) for n, frames in enumerate(originals)]
-    return 100 * np.mean(errors)
+    return 100 * np.mean(errors), 100 * np.mean([copy_error(frames) for frames in originals])
 
 
 if __name__ == "__main__":
@@ -246,6 +263,10 @@ if __name__ == "__main__":
     ours = next(iter(models.values()))
     if (SHARED / "cgae_pretrained.npz").exists():
         models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
+        models["published, our frames"] = replace(models["published"], cqt=ours.cqt)
+    kinds = {label: (partial(features_at, model), model.cqt.frame_seconds) for label, model in models.items()}
+    kinds["CQT back"] = partial(shifted_back, ours), ours.cqt.frame_seconds
+    kinds["CQT back, context"] = partial(shifted_back_in_context, ours), ours.cqt.frame_seconds
     with tempfile.TemporaryDirectory() as folder:
         sets, performances = {}, {}
         if Path(given.soundfont).exists() and given.jkupdd.exists():
@@ -260,18 +281,16 @@ if __name__ == "__main__":
         if Path(given.corpus, "corpus.json").exists():
             sets["corpus"] = corpus_pairs(given.corpus)
             performances["corpus"] = corpus_performances(given.corpus)
-        kinds = {label: partial(lambda model, path, k: features_of(path, model), model) for label, model in models.items()}
-        kinds["CQT back"] = lambda path, k: shifted_back(path, ours, k)
         for name, pairs in sets.items():
-            for label, represent in kinds.items():
-                one, stacked = invariance(pairs, represent)
-                print(f"{name:13} {len(pairs):3} tracks  {label:20} top-1 {one:5.1f} / {stacked:5.1f} %", flush=True)
+            for label, (represent, _) in kinds.items():
+                print(f"{name:13} {len(pairs):3} tracks  {label:22} top-1 {invariance(pairs, represent)}", flush=True)
         for name, tasks in performances.items():
-            for label, model in models.items():
+            for label, (represent, seconds) in kinds.items():
                 for take in ("transposed", "original"):
-                    shares = " / ".join(f"{share:.1f}" for share in alignment(tasks, model, take))
-                    print(f"{name:13} {len(tasks):3} scores, {take:10}  {label:20} beats {shares} %", flush=True)
+                    beats = alignment(tasks, represent, seconds, take)
+                    print(f"{name:13} {len(tasks):3} scores, {take:10}  {label:22} beats {beats}", flush=True)
         if "corpus" in sets:
             for label, model in models.items():
-                error = rebuilding(sets["corpus"], model)
-                print(f"corpus        {len(sets['corpus']):3} tracks  {label:20} rebuilt with an error of {error:.2f} %", flush=True)
+                rebuilt, copied = rebuilding(sets["corpus"], model)
+                errors = f"rebuilt with an error of {rebuilt:.2f} %, the frame before in its place: {copied:.2f} %"
+                print(f"corpus        {len(sets['corpus']):3} tracks  {label:22} {errors}", flush=True)

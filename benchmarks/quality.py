@@ -12,11 +12,12 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
-from published import SHARED, alignment, corpus_pairs, corpus_performances, features_of, invariance
+from published import SHARED, alignment, corpus_pairs, corpus_performances, features_at, invariance
 
 import gae
 from gae.weights import from_arrays
@@ -41,10 +42,9 @@ def train(steps, shards, folder):
 
 def judge(model, corpus):
     """Top-1 for one frame and for eight, and beats of the transposed score within each tolerance, as text."""
-    shares = invariance(corpus_pairs(corpus), lambda path, k: features_of(path, model))
-    beats = alignment(corpus_performances(corpus), model, "transposed")
-    found, beats = (" / ".join(f"{share:.1f}" for share in some) for some in (shares, beats))
-    return f"top-1 {found} %, beats {beats} %"
+    represent = partial(features_at, model)
+    beats = alignment(corpus_performances(corpus), represent, model.cqt.frame_seconds, "transposed")
+    return f"top-1 {invariance(corpus_pairs(corpus), represent)}, beats {beats}"
 
 
 if __name__ == "__main__":

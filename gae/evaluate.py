@@ -23,8 +23,10 @@ from gae.modelfile import load_model
 
 LABELS = {
     "gae": "gated autoencoder",
+    "cqt_context": "CQT shifted back by k, context",
     "cqt_shifted_back": "CQT shifted back by k",
     "cqt": "CQT",
+    "chroma_context": "chroma, best of 12, context",
     "chroma_best_shift": "chroma, best of 12 shifts",
     "chroma": "chroma",
 }
@@ -52,8 +54,9 @@ def evaluate(params, corpus, model, out, metrics, text):
             one frame and for `evaluate.stack` successive ones.
         alignment.<kind>.{transposed,untransposed}.{50ms,100ms,250ms}
             Beats that dynamic time warping of the score's rendering to the performance puts within the tolerance.
-        reconstruction.relative_error
-            Squared error, relative to the signal's power, of transposed frames rebuilt from the mapping of the untransposed.
+        reconstruction.relative_error, of_a_copy
+            Squared error, relative to the signal's power, of transposed frames rebuilt from the mapping of the untransposed; and of
+            the frame before in the place of each. Frames that lie further apart, or are compressed, are harder to foresee.
         speed.conversion_times_real_time
             Seconds of audio that become features in a second, in one process, from the file on.
     metrics : Path
@@ -77,7 +80,10 @@ def evaluate(params, corpus, model, out, metrics, text):
         "pieces": len(pieces),
         "invariance": _invariance(reports, settings),
         "alignment": _alignment(reports, settings),
-        "reconstruction": _figure("relative_error", [report["reconstruction"] for report in reports], settings),
+        "reconstruction": {
+            **_figure("relative_error", [report["reconstruction"] for report in reports], settings),
+            **_figure("of_a_copy", [report["copy"] for report in reports], settings),
+        },
         "speed": {"conversion_times_real_time": _conversion_speed(pieces, corpus, loaded)},
     }
     write_json(out, figures)
@@ -123,7 +129,7 @@ def judge(item, corpus, model, settings, shift):
     -------
     dict
         samples: for each kind of feature, stacks of the original and of the transposed rendering, each
-        (frames, stack, d); alignment: shares of beats, nothing where the score has none; reconstruction: relative error.
+        (frames, stack, d); alignment: shares of beats, nothing where the score has none; reconstruction and copy: relative errors.
     """
     number, piece = item
     model = load_model(model)
@@ -143,6 +149,7 @@ def judge(item, corpus, model, settings, shift):
             if piece["beats"]["score"]
         },
         "reconstruction": reconstruction_error(original["cqt"], model.network, shift, rng),
+        "copy": copy_error(original["cqt"]),
     }
 
 
@@ -162,7 +169,7 @@ def reconstruction_error(frames, network, shift, rng):
     Returns
     -------
     float
-        0 is perfect, 1 is what silence gives.
+        0 is perfect, 1 is what silence gives, `copy_error` what no model is needed for.
     """
     import torch  # not above: it takes a second, and the processes that import this module need not
 
@@ -179,6 +186,12 @@ def reconstruction_error(frames, network, shift, rng):
         error += float(np.square(rebuilt - target).sum())
         power += float(np.square(target).sum())
     return error / power if power else 0.0
+
+
+def copy_error(frames):
+    """The relative error of frames (n_frames, n_bins) if each were the one before it."""
+    power = float(np.square(frames).sum())
+    return float(np.square(np.diff(frames, axis=0)).sum()) / power if power else 0.0
 
 
 def comparison(figures):
@@ -207,7 +220,8 @@ def table(figures):
         columns += [(aligned[key], name) for key in ("transposed", "untransposed") for name in TOLERANCES]
         lines.append(_line(label, [f"{group[name]:5.1f} ± {group[name + '_se']:.1f}" for group, name in columns]))
     rebuilt, speed = figures["reconstruction"], figures["speed"]
-    lines.append(f"\nreconstruction: error {rebuilt['relative_error']:.1f} ± {rebuilt['relative_error_se']:.1f} % of the signal's power")
+    errors = (f"{rebuilt[name]:.1f} ± {rebuilt[name + '_se']:.1f} %" for name in ("relative_error", "of_a_copy"))
+    lines.append("\nreconstruction: error {} of the signal's power; the frame before in its place: {}".format(*errors))
     lines.append(f"conversion: {speed['conversion_times_real_time']:.0f} times real time in one process")
     return "\n".join(lines)
 
@@ -223,17 +237,26 @@ def chroma(magnitudes, cqt):
     return magnitudes @ fold
 
 
+def in_context(values, sizes):
+    """Rows (n_frames, d), each beside those that the features of a model of these sizes see too: (n_frames, (context + 1) d)."""
+    joined = with_past(values, sizes.reach)
+    return np.concatenate([joined[sizes.reach - lag :][: len(values)] for lag in [*sizes.lags, 0]], axis=1)
+
+
 def _represent(path, model, k):
     """A recording that was transposed by k semitones, as each kind of feature: (n_frames, d) each."""
     cqt = model.cqt
     magnitudes = np.concatenate(list(magnitude_blocks(audio.blocks(path, cqt.sample_rate), cqt)))
-    frames = standardise(compress(silence(magnitudes, magnitudes.max()), magnitudes.max(), cqt))
-    folded = chroma(magnitudes, cqt)
+    compressed = compress(silence(magnitudes, magnitudes.max()), magnitudes.max(), cqt)
+    frames, folded = standardise(compressed), chroma(compressed, cqt)
+    # standardised first: what comes in from beyond the range is then unknown, not silent, and more is found
+    shifted_back = transpose(frames, -round(k * cqt.bins_per_octave / 12))
     return {
         "gae": extract_frames(frames, model),
-        # standardised first: what comes in from beyond the range is then unknown, not silent, and more is found
-        "cqt_shifted_back": transpose(frames, -round(k * cqt.bins_per_octave / 12)),
+        "cqt_context": in_context(shifted_back, model.sizes),
+        "cqt_shifted_back": shifted_back,
         "cqt": frames,
+        "chroma_context": in_context(folded, model.sizes),
         "chroma_best_shift": folded,
         "chroma": folded,
     }
@@ -253,7 +276,10 @@ def _sample(values, starts, settings):
 
 def _versions(kind, values):
     """A feature (..., d) in the versions of which the best counts: for chroma with the best shift all 12 rotations."""
-    return np.stack([np.roll(values, shift, axis=-1) for shift in range(12 if kind == "chroma_best_shift" else 1)])
+    if kind not in ("chroma_best_shift", "chroma_context"):
+        return values[None]
+    classes = values.reshape(*values.shape[:-1], -1, 12)
+    return np.stack([np.roll(classes, shift, axis=-1).reshape(values.shape) for shift in range(12)])
 
 
 def _beats_found(kind, score, performance, beats, cqt, settings):
@@ -305,4 +331,4 @@ def _conversion_speed(pieces, corpus, model):
 
 
 def _line(label, cells):
-    return f"{label:<28}" + "".join(f"{cell:<13}" for cell in cells).rstrip()
+    return f"{label:<32}" + "".join(f"{cell:<13}" for cell in cells).rstrip()

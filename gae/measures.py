@@ -142,6 +142,8 @@ def beats_within(estimated, true, tolerances):
 def bootstrap(values, n, seed):
     """Standard error of the mean over tracks, by drawing the tracks again with replacement.
 
+    Times sqrt(n_tracks / (n_tracks - 1)): means of few tracks vary too little by it.
+
     Parameters
     ----------
     values : array_like, shape (n_tracks, ...)
@@ -161,7 +163,7 @@ def bootstrap(values, n, seed):
     values = np.asarray(values, dtype=np.float64)
     n_tracks = len(values)
     drawn = np.random.default_rng(seed).multinomial(n_tracks, np.full(n_tracks, 1 / n_tracks), size=n)
-    return np.tensordot(drawn / n_tracks, values, axes=1).std(axis=0)
+    return np.tensordot(drawn / n_tracks, values, axes=1).std(axis=0) * math.sqrt(n_tracks / max(1, n_tracks - 1))
 
 
 def mean_and_error(found):

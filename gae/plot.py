@@ -47,7 +47,10 @@ _STYLE = {
 }
 _WIDTH = 10  # inches
 _ACCENT, _QUIET = "#b5123e", "#d9a3b0"
-_COLOURS = {"gae": _ACCENT, "cqt_shifted_back": "#31688e", "cqt": "#9fbfd6", "chroma_best_shift": "#6f6f6f", "chroma": "#c4c4c4"}
+_COLOURS = {
+    "gae": _ACCENT, "cqt_context": "#1d3f56", "cqt_shifted_back": "#31688e", "cqt": "#9fbfd6",
+    "chroma_context": "#3f3f3f", "chroma_best_shift": "#7f7f7f", "chroma": "#c4c4c4",
+}  # fmt: skip
 _MAGNITUDE, _SIGNED = "magma", "RdBu_r"
 _INTERVAL = 5  # semitones by which the pictures of a reconstruction are transposed
 _MATRIX = 900  # rows of a self-similarity matrix, at most

@@ -115,6 +115,8 @@ def test_bootstrap_is_the_error_of_the_mean():
     assert error.tolist() == bootstrap(values, 4000, seed=3).tolist()
     assert bootstrap(values[:, 1], 4000, seed=3) == pytest.approx(error[1])
     assert bootstrap([0.5, 0.5, 0.5], 100, seed=1) == 0
+    assert bootstrap(values[:3, 0], 4000, seed=3) == pytest.approx(values[:3, 0].std(ddof=1) / math.sqrt(3), rel=0.05)
+    assert bootstrap([0.5], 100, seed=1) == 0
 
 
 def test_the_error_of_a_share_is_that_over_the_tracks():
