@@ -43,7 +43,7 @@ import gae
 from gae import audio
 from gae.corpus import COMPASS, NOTE, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
 from gae.cqt import frames, transpose
-from gae.evaluate import TOLERANCES, copy_error, heldout_file, heldout_pieces, in_context, reconstruction_error
+from gae.evaluate import TOLERANCES, copy_error, delayed, heldout_file, heldout_pieces, reconstruction_error
 from gae.features import extract_frames
 from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, stack
 from gae.modelfile import SHIPPED
@@ -207,7 +207,7 @@ def shifted_back(model, path, k):
 
 def shifted_back_in_context(model, path, k):
     """The same, each beside the frames that the model's features see too: (n_frames, (context + 1) n_bins)."""
-    return in_context(shifted_back(model, path, k), model.sizes)
+    return np.concatenate(list(delayed(shifted_back(model, path, k), [*model.sizes.lags, 0])), axis=1)
 
 
 def invariance(pairs, represent):

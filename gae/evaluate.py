@@ -30,6 +30,7 @@ LABELS = {
     "chroma_best_shift": "chroma, best of 12 shifts",
     "chroma": "chroma",
 }
+_CONTEXT = {"cqt_context": "cqt_shifted_back", "chroma_context": "chroma_best_shift"}  # whose rows stand beside all that our features see
 TOLERANCES = {"50ms": 0.05, "100ms": 0.1, "250ms": 0.25}
 _EXCERPT = 512  # frames rebuilt with one transposition
 
@@ -140,10 +141,15 @@ def judge(item, corpus, model, settings, shift):
     )
     rng = np.random.default_rng([settings.seed, number])
     starts = _draw(min(len(original["cqt"]), len(transposed["cqt"])), settings, rng, piece)
+    lags = {kind: [*model.sizes.lags, 0] if kind in _CONTEXT else [0] for kind in LABELS}
     return {
-        "samples": {kind: (_sample(original[kind], starts, settings), _sample(transposed[kind], starts, settings)) for kind in LABELS},
+        "samples": {
+            kind: [_sample(_values(take, kind), lags[kind], starts, settings) for take in (original, transposed)] for kind in LABELS
+        },
         "alignment": {
-            (kind, key): _beats_found(kind, score[kind], performance[kind], piece["beats"], model.cqt, settings)
+            (kind, key): _beats_found(
+                kind, lags[kind], _values(score, kind), _values(performance, kind), piece["beats"], model.cqt, settings
+            )
             for kind in LABELS
             for key, score in (("transposed", transposed), ("untransposed", original))
             if piece["beats"]["score"]
@@ -237,10 +243,10 @@ def chroma(magnitudes, cqt):
     return magnitudes @ fold
 
 
-def in_context(values, sizes):
-    """Rows (n_frames, d), each beside those that the features of a model of these sizes see too: (n_frames, (context + 1) d)."""
-    joined = with_past(values, sizes.reach)
-    return np.concatenate([joined[sizes.reach - lag :][: len(values)] for lag in [*sizes.lags, 0]], axis=1)
+def delayed(values, lags):
+    """Rows (n_frames, d), so many frames later, for each lag; before the first stand copies of it."""
+    joined = with_past(values, max(lags))
+    return (joined[max(lags) - lag :][: len(values)] for lag in lags)
 
 
 def _represent(path, model, k):
@@ -253,10 +259,8 @@ def _represent(path, model, k):
     shifted_back = transpose(frames, -round(k * cqt.bins_per_octave / 12))
     return {
         "gae": extract_frames(frames, model),
-        "cqt_context": in_context(shifted_back, model.sizes),
         "cqt_shifted_back": shifted_back,
         "cqt": frames,
-        "chroma_context": in_context(folded, model.sizes),
         "chroma_best_shift": folded,
         "chroma": folded,
     }
@@ -270,8 +274,20 @@ def _draw(n_frames, settings, rng, piece):
     return np.sort(rng.choice(possible, min(settings.frames, possible), replace=False))
 
 
-def _sample(values, starts, settings):
-    return stack(values, starts, settings.stack).reshape(len(starts), settings.stack, -1)
+def _values(take, kind):
+    """The rows of which a kind of feature is made."""
+    return take[_CONTEXT.get(kind, kind)]
+
+
+def _sample(values, lags, starts, settings):
+    """Stacks of rows in their context: (frames, stack, d)."""
+    parts = [stack(part, starts, settings.stack).reshape(len(starts), settings.stack, -1) for part in delayed(values, lags)]
+    return np.concatenate(parts, axis=-1)
+
+
+def _pooled(values, lags, n):
+    """Means of `n` rows each, in their context: all rows in it would take twice the memory."""
+    return np.concatenate([pool(part, n) for part in delayed(values, lags)], axis=1)
 
 
 def _versions(kind, values):
@@ -282,12 +298,12 @@ def _versions(kind, values):
     return np.stack([np.roll(classes, shift, axis=-1).reshape(values.shape) for shift in range(12)])
 
 
-def _beats_found(kind, score, performance, beats, cqt, settings):
+def _beats_found(kind, lags, score, performance, beats, cqt, settings):
     """Share of the performance's beats within each tolerance, when its beats are taken over from the aligned score."""
     n = max(1, round(settings.alignment_hop / cqt.frame_seconds))
     hop, first = n * cqt.frame_seconds, (n - 1) / 2 * cqt.frame_seconds  # spacing of the pooled frames and centre of the first
-    performance = pool(performance, n)
-    alignment = min((align(version, performance) for version in _versions(kind, pool(score, n))), key=lambda found: found.cost)
+    score, performance = (_pooled(values, lags, n) for values in (score, performance))
+    alignment = min((align(version, performance) for version in _versions(kind, score)), key=lambda found: found.cost)
     estimated = alignment.times(beats["score"], hop, first)
     return beats_within(estimated, beats["performance"], TOLERANCES.values())
 

@@ -155,7 +155,7 @@ class Train(Section):
     warmup: float = Field(0.1, gt=0, lt=1, description="share of the steps in which the one-cycle rate rises")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the bins of x set to zero; the original's is 0.5")
     filter_norm: float = Field(0.4, gt=0, le=100, description="L2 norm to which each filter is scaled after each step")
-    sparsity: float = Field(0.0, ge=0, description="strength of Lee's sparsity and selectivity term; the original's is 1e-5")
+    sparsity: float = Field(0.0, ge=0, description="strength of Lee's sparsity term; the original's is 1e-5, of blocks of 1,024 frames")
     weight_decay: float = Field(0.0, ge=0, description="strength of the squared L2 norm of the filters; the original's is 0")
     shift: int = Field(12, ge=0, le=1000, description="largest transposition of x and y, in bins; the original's is 60")
     contrast: float = Field(0.016, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")

@@ -11,7 +11,7 @@ from gae import audio
 from gae import evaluate as judging
 from gae.cqt import frames as cqt_frames
 from gae.errors import FormatError, ParamsError
-from gae.evaluate import LABELS, chroma, comparison, copy_error, evaluate, heldout_pieces, in_context, judge, reconstruction_error, table
+from gae.evaluate import LABELS, chroma, comparison, copy_error, delayed, evaluate, heldout_pieces, judge, reconstruction_error, table
 from gae.files import read_json
 from gae.model import save_model
 from gae.modelfile import load_model
@@ -202,10 +202,11 @@ class Persistence(torch.nn.Module):
 
 def test_rows_in_context_are_those_that_a_model_sees():
     values = np.arange(30, dtype=np.float32).reshape(15, 2)
-    joined = in_context(values, tiny.SIZES)
-    assert joined.shape == (15, 2 * (tiny.SIZES.context + 1))
-    for t, row in enumerate(joined):
-        assert row.tolist() == [number for lag in [*tiny.SIZES.lags, 0] for number in values[max(0, t - lag)]]
+    lags = [*tiny.SIZES.lags, 0]
+    expected = np.array([[number for lag in lags for number in values[max(0, t - lag)]] for t in range(15)])
+    assert np.array_equal(np.concatenate(list(delayed(values, lags)), axis=1), expected)
+    assert np.allclose(judging._pooled(values, lags, 2)[:7], (expected[:14:2] + expected[1:14:2]) / 2)
+    assert np.array_equal(judging._sample(values, lags, np.array([0, 9]), SETTINGS)[1, 3], expected[12])
 
 
 def test_the_best_of_twelve_rotates_every_frame_of_a_context():
