@@ -245,14 +245,14 @@ def draw_metrics(metrics, path, plot):
             for title, key in (("transposed", "transposed"), ("as written", "untransposed"))
         ),
     )
-    with _picture(path, plot, 3.8) as figure:
+    with _picture(path, plot, 4.1) as figure:
         row = figure.subplots(1, 3, sharey=True, width_ratios=[len(ticks) for _, ticks, _ in panels])
         for axes, (title, ticks, figures) in zip(row, panels, strict=True):
             _bars(axes, figures, ticks)
-            axes.set(title=title, ylim=(0, 105))
+            axes.set(title=title, ylim=(0, 109))
         row[0].set_ylabel(f"mean of {metrics['pieces']} held-out pieces ± standard error")
         row[0].yaxis.set_major_formatter(PercentFormatter())
-        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LABELS))
+        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def draw_transposition(original, transposed, k, cqt, begin, title, path, plot):
@@ -433,8 +433,8 @@ def _bars(axes, figures, ticks):
         axes.bar(positions, means, width * 0.92, color=_COLOURS[kind], label=label)
         axes.errorbar(positions, means, errors, fmt="none", ecolor="#222222", elinewidth=1)
         if kind == "gae":
-            for position, mean, error in zip(positions, means, errors, strict=True):
-                axes.text(position, mean + error + 1, f"{mean:.1f}", ha="center", color=_ACCENT, weight="bold", size=8)
+            for position, mean in zip(positions, means, strict=True):
+                axes.text(position, 102, f"{mean:.1f}", ha="center", color=_ACCENT, weight="bold", size=8)  # above all neighbours
     axes.set_xticks(range(len(ticks)), ticks)
     axes.tick_params(axis="x", length=0)
     axes.grid(True, axis="y")
