@@ -91,10 +91,13 @@ def _expand(patterns, where, kinds=None):
     columns = [_files(pattern, where, kinds) for pattern in patterns]
     if len({len(column) for column in columns}) > 1:
         raise ListError(f"{where}: its views expand to {[len(column) for column in columns]} files; each column must give as many")
+    pairs = list(zip(*columns, strict=True))
+    if len(columns) < 2 or len(pairs) < 2:
+        return pairs
     stands = [_stands(pattern, column) for pattern, column in zip(patterns, columns, strict=True)]
-    shared = set.intersection(*map(set, stands)) if len(columns) > 1 else set()
+    shared = set.intersection(*map(set, stands))
     if not shared:  # as where a wildcard stands for the sound too
-        return list(zip(*columns, strict=True))
+        return pairs
     for files in stands:
         if alone := [file for signs, file in files.items() if signs not in shared]:
             raise ListError(f"{where}: {alone[0]} has no partner of its name among the views; rename one, or write each pair as a line")
@@ -130,8 +133,10 @@ def _columns(text):
 
 def _uncommented(column):
     """A column without its comment: "Sonata in C # minor.wav" is a name if such a file exists, and else a name with a comment."""
-    start = len(_folder(column))
-    cuts = [mark.start() for mark in re.finditer(r"(^|\s)#", column) if mark.start() >= start]
+    cuts = [mark.start() for mark in re.finditer(r"(^|\s)#", column)]
+    if cuts:
+        start = len(_folder(column))
+        cuts = [cut for cut in cuts if cut >= start]
     if not cuts:
         return column
     for end in [len(column), *reversed(cuts)]:
