@@ -182,14 +182,14 @@ def test_what_can_not_be_written_is_said_with_a_remedy(folder, weights, capsys):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_conversion_leaves_nothing_half_written(folder, weights, sent):
     code = """
-import signal, gae.cli, gae.features
+import signal, time, tiny, gae.cli, gae.features
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 
 def endless(*arguments):
-    yield gae.features.extract_frames(__import__("tiny").frames(40), __import__("tiny").model())
+    yield gae.features.extract_frames(tiny.frames(40), tiny.model())
     print("writing", flush=True)
-    __import__("time").sleep(60)
+    time.sleep(60)
 
 gae.convert.extract_blocks = endless
 gae.cli.main()
