@@ -195,7 +195,7 @@ def reconstruction_error(frames, network, shift, rng):
 
 
 def copy_error(frames):
-    """The relative error of frames (n_frames, n_bins) if each were the one before it."""
+    """What `reconstruction_error` is of frames (n_frames, n_bins) if each is taken for the next: a share of their power."""
     power = float(np.square(frames).sum())
     return float(np.square(np.diff(frames, axis=0)).sum()) / power if power else 0.0
 
@@ -226,8 +226,8 @@ def table(figures):
         columns += [(aligned[key], name) for key in ("transposed", "untransposed") for name in TOLERANCES]
         lines.append(_line(label, [f"{group[name]:5.1f} ± {group[name + '_se']:.1f}" for group, name in columns]))
     rebuilt, speed = figures["reconstruction"], figures["speed"]
-    errors = (f"{rebuilt[name]:.1f} ± {rebuilt[name + '_se']:.1f} %" for name in ("relative_error", "of_a_copy"))
-    lines.append("\nreconstruction: error {} of the signal's power; the frame before in its place: {}".format(*errors))
+    error, copied = (f"{rebuilt[name]:.1f} ± {rebuilt[name + '_se']:.1f} %" for name in ("relative_error", "of_a_copy"))
+    lines.append(f"\nreconstruction: error {error} of the signal's power; the frame before in its place: {copied}")
     lines.append(f"conversion: {speed['conversion_times_real_time']:.0f} times real time in one process")
     return "\n".join(lines)
 
@@ -244,7 +244,7 @@ def chroma(magnitudes, cqt):
 
 
 def delayed(values, lags):
-    """Rows (n_frames, d), so many frames later, for each lag; before the first stand copies of it."""
+    """For each of `lags`, in frames: what was so long before each row of (n_frames, d), as many; before the first stand copies of it."""
     joined = with_past(values, max(lags))
     return (joined[max(lags) - lag :][: len(values)] for lag in lags)
 

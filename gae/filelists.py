@@ -67,6 +67,7 @@ def check_list(file, coming):
         there = [column for column in columns if coming not in Path(os.path.abspath(os.path.expanduser(column))).parents]
         if there == columns:
             _expand(columns, where)
+            continue
         for column in there:
             _files(column, where)
 
@@ -108,12 +109,9 @@ def _stands(pattern, files):
     """For what the wildcards of a pattern stand in the files that it gave: {texts: file}; nothing if that can't be told."""
     folder = _folder(pattern := os.path.expanduser(pattern))
     parts = re.split(r"(\*\*/+|\*+|\?|\[!?\]?[^\]]*\])", pattern[len(folder) :])
-    kinds = {"**/": "((?:.*/)?)", "?": "([^/])"}
-    try:
-        signs = [kinds.get(part, "([^/]*)" if part[0] == "*" else f"({fnmatch.translate(part)[:-2]})") for part in parts[1::2]]
-        whole = re.compile("".join(text for pair in zip(map(re.escape, parts[::2]), [*signs, ""], strict=True) for text in pair), re.DOTALL)
-    except re.error:
-        return {}
+    kinds = {"**/": "((?:.*/)?)", "?": "([^/])"}  # fnmatch translates them too, but keeps nothing of what they stand for
+    signs = [kinds.get(part, "([^/]*)" if part[0] == "*" else f"({fnmatch.translate(part)[:-2]})") for part in parts[1::2]]
+    whole = re.compile("".join(text for pair in zip(map(re.escape, parts[::2]), [*signs, ""], strict=True) for text in pair), re.DOTALL)
     found = [whole.fullmatch(file[len(folder) :]) for file in files]
     told = {match.groups(): file for match, file in zip(found, files, strict=True) if match and match.groups()}
     return told if len(told) == len(files) else {}

@@ -12,7 +12,7 @@ from gae.errors import FormatError, reason
 
 _HEAD = 1 << 20  # bytes looked at: there our files have their attributes
 # what the system says of a file that may be sound: no right to read it, a lock on it, a disk or a server that fails, too many open
-_PASSING = {getattr(errno, name) for name in ("EACCES", "EPERM", "EAGAIN", "EBUSY", "EIO", "EMFILE", "ENFILE", "ESTALE", "ETIMEDOUT")}
+_PASSING = (errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)
 
 
 @contextmanager

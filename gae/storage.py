@@ -19,6 +19,7 @@ from gae.errors import AudioError, GaeError, StorageError, in_temporary, reason
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _REQUESTS = 16  # under way at a time
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk of this machine says, where a copy goes
 # what tells two versions of a file apart, the surest first; each storage has its own word
 _VERSIONS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
 
@@ -188,20 +189,14 @@ def _reached(url, missing=None):
         if missing is None:
             raise
         raise missing(f"{url}: there is no such file or bucket; correct the URL") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _unreachable(url, error) from None
-        raise in_temporary(error) from None
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or error.name
         raise StorageError(f"{url}: this storage needs another package; pip install {package} here and for the workers") from None
     except Exception as error:  # each storage raises its own
-        raise _unreachable(url, error) from None
-
-
-def _unreachable(url, error):
-    what = reason(error) or type(error).__name__
-    return StorageError(f"{url}: {what}; check the URL, and keys and endpoint in the storage's own configuration")
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise in_temporary(error) from None
+        what = reason(error) or type(error).__name__
+        raise StorageError(f"{url}: {what}; check the URL, and keys and endpoint in the storage's own configuration") from None
 
 
 @lru_cache(maxsize=16)
