@@ -76,10 +76,22 @@ def figures(corpus, model, tmp_path, in_this_process):
     return read_json(tmp_path / "evaluation.json")
 
 
-def test_known_transposition_is_found_and_others_are_not(figures):
-    top1 = {kind: found["top1"] for kind, found in figures["invariance"].items()}
-    stacked = {kind: found["top1_stacked"] for kind, found in figures["invariance"].items()}
-    assert top1["cqt_shifted_back"] > 30 and stacked["cqt_shifted_back"] > 55 and stacked["chroma_best_shift"] > 20
+@pytest.fixture(params=["log", "none"])
+def found(request, corpus, tmp_path, in_this_process):
+    """Top-1 of one frame and of stacks for each kind, by frames that are compressed or not."""
+    save_model(tmp_path / "gae.safetensors", tiny.model().network, tiny.CQT.model_copy(update={"compression": request.param}))
+    evaluate(PARAMS, corpus, tmp_path / "gae.safetensors", *places(tmp_path))
+    invariance = read_json(tmp_path / "evaluation.json")["invariance"]
+    return request.param, *({kind: invariance[kind][name] for kind in LABELS} for name in ("top1", "top1_stacked"))
+
+
+def test_known_transposition_is_found_and_others_are_not(found):
+    compression, top1, stacked = found
+    if compression == "log":
+        assert top1["cqt_shifted_back"] > 30 and stacked["cqt_shifted_back"] > 55
+    else:  # without it the partials that these notes share are weak
+        assert top1["chroma_best_shift"] > 10 and stacked["chroma_best_shift"] > 35
+    assert min(top1["cqt_context"], stacked["cqt_context"]) > 85 and min(top1["chroma_context"], stacked["chroma_context"]) > 50
     assert max(top1["cqt"], stacked["cqt"], top1["chroma"], stacked["chroma"]) < 5
     assert top1["cqt_context"] > top1["cqt_shifted_back"] and top1["chroma_context"] > top1["chroma_best_shift"]
 
