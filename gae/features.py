@@ -23,7 +23,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from gae import hdf5
-from gae.cqt import frame_times
+from gae.cqt import frame_times, transpose
 from gae.errors import FormatError, reason
 from gae.files import replacing
 from gae.modelfile import Model
@@ -293,17 +293,22 @@ def audio_of(path):
 def _mapping(model):
     """The function from frames (reach + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
     weights, sizes = model.weights, model.sizes
-    filters_x = np.zeros((sizes.n_factors, sizes.reach, weights["filters_y"].shape[1]), np.float32)
-    filters_x[:, sizes.reach - np.array(sizes.lags)] = weights["filters_x"].reshape(sizes.n_factors, sizes.context, -1)
+    n_bins, moves = weights["filters_y"].shape[1], sizes.transpositions
+    # frames moved one way meet a filter as frames that stay meet it moved the other way, and they lie on both sides
+    moved_x = np.concatenate([transpose(weights["filters_x"].reshape(-1, n_bins), bins) for bins in moves])
+    filters_x = np.zeros((len(moves) * sizes.n_factors, sizes.reach, n_bins), np.float32)
+    filters_x[:, sizes.reach - np.array(sizes.lags)] = moved_x.reshape(-1, sizes.context, n_bins)
     factors_x = _correlation(filters_x)
-    filters_y = weights["filters_y"].T * np.float32(sizes.input_scale**2)  # both inputs are scaled, and multiplied
+    filters_y = np.concatenate([transpose(weights["filters_y"], bins) for bins in moves]).T
+    filters_y *= np.float32(sizes.input_scale**2)  # both inputs are scaled, and multiplied
     map_1, bias_1 = weights["map_1.weight"].T, weights["map_1.bias"]
     map_2, bias_2 = weights["map_2.weight"].T, weights["map_2.bias"]
 
     def mapping(frames):
         factors = factors_x(frames[:-1])
         factors *= frames[sizes.reach :] @ filters_y
-        return np.tanh(np.tanh(factors @ map_1 + bias_1) @ map_2 + bias_2)
+        mappings = np.tanh(np.tanh(factors.reshape(-1, sizes.n_factors) @ map_1 + bias_1) @ map_2 + bias_2)
+        return mappings.reshape(len(factors), len(moves), -1).mean(axis=1)
 
     return mapping
 

@@ -4,6 +4,8 @@
     m       = tanh(W2 tanh(W1 factors + b1) + b2)
     y_hat   = V^T (W1^T (W2^T m + b1) (U * x))
 
+The features are means of m over a few transpositions of x and y (`GatedAutoencoder.mapping`).
+
 S. Lattner, M. Grachten, G. Widmer: Learning Transposition-Invariant Interval Features from Symbolic Music and Audio,
 ISMIR 2018. The convolution in time (``U * x``) and the first layer's bias shared with the decoder follow the authors'
 published implementation.
@@ -31,7 +33,7 @@ class GatedAutoencoder(nn.Module):
     n_bins : int
         Bins a frame.
     sizes : gae.params.Model
-        n_factors, n_hidden, n_maps, context, dilation, growth, input_scale.
+        n_factors, n_hidden, n_maps, context, dilation, growth, input_scale, transposed.
 
     Attributes
     ----------
@@ -90,7 +92,10 @@ class GatedAutoencoder(nn.Module):
         return F.linear(y, self.filters_y * self.sizes.input_scale)
 
     def mapping(self, x, y):
-        """The features: what relates y to the frames before it.
+        """The features: what relates y to the frames before it, whatever the key.
+
+        The mean of what `relate` makes of x and y as they are and moved by `sizes.transposed` bins down and up: what a mapping
+        still has of the key differs between them, and weighs less in their mean.
 
         Parameters
         ----------
@@ -102,10 +107,11 @@ class GatedAutoencoder(nn.Module):
         Tensor, shape (batch, n_frames, n_maps)
             Values in (-1, 1).
         """
-        return self.relate(self.x_factors(x), self.y_factors(y))
+        moved = ((_transposed(x, bins), _transposed(y, bins)) for bins in self.sizes.transpositions)
+        return torch.stack([self.relate(self.x_factors(x), self.y_factors(y)) for x, y in moved]).mean(0)
 
     def relate(self, x_factors, y_factors):
-        """`mapping` from filter responses, both (batch, n_frames, n_factors)."""
+        """The mapping of one transposition from filter responses, both (batch, n_frames, n_factors)."""
         return torch.tanh(self.map_2(torch.tanh(self.map_1(x_factors * y_factors))))
 
     def reconstruct(self, mapping, x):
@@ -167,6 +173,12 @@ class _Responses(torch.autograd.Function):
             parts = (gradient @ filters).view(-1, frames.shape[1])
             to_frames = torch.zeros_like(frames).index_add_(0, contexts.flatten(), parts)
         return to_frames, None, to_filters
+
+
+def _transposed(frames, bins):
+    """Frames (..., n_bins) moved up by some bins; what comes in is zero."""
+    bins = max(-frames.shape[-1], min(bins, frames.shape[-1]))
+    return F.pad(frames, (bins, -bins))
 
 
 def sparsity(mapping):

@@ -93,7 +93,7 @@ def load_model(path: str | Path | None = None) -> Model:
     try:
         model = Model(
             weights={name: _single(name, array) for name, array in weights.items()},
-            sizes=_whole(params.Model, {"dilation": 1, "growth": 0} | facts["model"]),  # older files do not say
+            sizes=_whole(params.Model, {"dilation": 1, "growth": 0, "transposed": 0} | facts["model"]),  # older files do not say
             cqt=_whole(params.Cqt, facts["cqt"]),
             facts=facts,
             sha256=content_hash(path),

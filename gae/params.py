@@ -119,6 +119,9 @@ class Model(Section):
     dilation: int = Field(1, ge=1, le=64, description="frames from one frame of the context to the next, nearest to y; 1 is the original's")
     growth: float = Field(0.2, ge=0, le=16, description="frames by which each such gap is wider than the one after it; 0 is the original's")
     input_scale: float = Field(10.0, gt=0, le=1000, description="factor on the frames; 1 is the original's, 10 leaves the plateau early")
+    transposed: int = Field(
+        12, ge=0, le=1000, description="features are means over inputs moved down, not, and up by so many bins; original: 0"
+    )
 
     @model_validator(mode="after")
     def _odd_context(self):
@@ -136,6 +139,11 @@ class Model(Section):
     def reach(self):
         """How many frames before y the earliest of the context lies."""
         return self.lags[0]
+
+    @property
+    def transpositions(self):
+        """By how many bins the input is moved, for each of the mappings whose mean the features are."""
+        return sorted({-self.transposed, 0, self.transposed})
 
 
 class Train(Section):

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from gae.cqt import transpose
 from gae.errors import FormatError
 from gae.features import Features, Origin, extract_blocks, extract_frames, read, validate, write
 
@@ -51,10 +52,11 @@ def test_features_follow_the_formula(gaps, lags):
     assert np.abs(extract_frames(frames, model) - by_the_formula(frames, model, lags)).max() < 1e-5
 
 
-def test_features_equal_the_networks_mapping():
+@pytest.mark.parametrize("transposed", [0, 5])
+def test_features_equal_the_networks_mapping(transposed):
     import torch
 
-    model, frames = tiny.model(), tiny.frames(5000)
+    model, frames = tiny.model(sizes=tiny.SIZES.model_copy(update={"transposed": transposed})), tiny.frames(5000)
     y = torch.from_numpy(frames)[None]
     x = torch.cat([y[:, :1].expand(-1, model.sizes.reach, -1), y], 1)[:, :-1]
     with torch.inference_mode():
@@ -72,6 +74,14 @@ def test_features_do_not_depend_on_blocks_or_threads(size):
         pieces = list(extract_blocks(iter(blocks), tiny.model()))
     assert whole.dtype == np.float32 and whole.shape == (9000, 7)
     assert np.array_equal(np.concatenate(pieces), whole)
+
+
+@pytest.mark.parametrize("bins", [5, 36, 1000])
+def test_features_are_the_mean_over_transpositions(bins):
+    frames, plain = tiny.frames(300), tiny.model()
+    averaged = tiny.model(sizes=tiny.SIZES.model_copy(update={"transposed": bins}))
+    expected = np.mean([extract_frames(transpose(frames, k), plain) for k in (-bins, 0, bins)], axis=0)
+    assert np.abs(extract_frames(frames, averaged) - expected).max() < 1e-5
 
 
 def test_features_never_look_ahead():

@@ -17,6 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from gae import model as module
+from gae.cqt import transpose
 from gae.errors import FormatError
 from gae.features import extract_frames
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
@@ -95,6 +96,24 @@ def test_the_mapping_follows_the_formula(network):
     mapping = network.mapping(x, y).detach().numpy()
     assert mapping.shape == (3, 12, SIZES.n_maps)
     assert np.abs(expected).max() > 0.3 and np.allclose(mapping, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bins", [5, BINS, 1000])
+def test_features_are_the_mean_over_transpositions(network, bins):
+    averaged = GatedAutoencoder(BINS, SIZES.model_copy(update={"transposed": bins}))
+    averaged.load_state_dict(network.state_dict())
+    x, y = excerpts()
+    moved = [[torch.from_numpy(np.stack([transpose(f, k) for f in side.numpy()])) for side in (x, y)] for k in (-bins, 0, bins)]
+    expected = torch.stack([network.mapping(*pair) for pair in moved]).mean(0)
+    assert torch.allclose(averaged.mapping(x, y), expected, atol=1e-6)
+    assert not torch.allclose(averaged.mapping(x, y), network.mapping(x, y), atol=1e-2)
+
+
+def test_what_is_trained_is_each_mapping_not_their_mean(network):
+    averaged = GatedAutoencoder(BINS, SIZES.model_copy(update={"transposed": 5}))
+    averaged.load_state_dict(network.state_dict())
+    x, y = excerpts()
+    assert torch.equal(averaged.relate(averaged.x_factors(x), averaged.y_factors(y)), network.mapping(x, y))
 
 
 def test_the_reconstruction_follows_the_formula(network):
@@ -464,8 +483,10 @@ def test_what_breaks_the_contract_is_refused(saved, change):
     refuse(saved)
 
 
-@pytest.mark.parametrize(("unsaid", "taken"), [(["growth"], {"growth": 0}), (["dilation", "growth"], {"dilation": 1, "growth": 0})])
-def test_an_older_file_has_the_context_of_its_time(saved, unsaid, taken):
+@pytest.mark.parametrize(
+    ("unsaid", "taken"), [(["growth", "transposed"], {"growth": 0}), (["dilation", "growth", "transposed"], {"dilation": 1, "growth": 0})]
+)
+def test_an_older_file_has_the_context_and_the_key_of_its_time(saved, unsaid, taken):
     header, data = parts(saved)
     facts = json.loads(header["__metadata__"]["gae"])
     facts["model"] = {key: value for key, value in facts["model"].items() if key not in unsaid}
