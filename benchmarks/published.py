@@ -1,7 +1,7 @@
 """The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
 
-    python benchmarks/published.py [--weights FILE_OR_NAME ...] [--soundfont FILE.sf2] [--jkupdd FOLDER] [--performances FOLDER]
-                                   [--corpus data/corpus]
+    python benchmarks/published.py [--weights FILE_OR_NAME ...] [--transposed BINS ...] [--soundfont FILE.sf2] [--jkupdd FOLDER]
+                                   [--performances FOLDER] [--corpus data/corpus]
 
 piano       the JKU Patterns Development Database (T. Collins, 2013: its .mid and -poly.csv files in one folder, by default
             ../shared/data/jkupdd) played with a SoundFont of your choice (Debian's fluid-soundfont-gm has one), human-like in
@@ -20,12 +20,14 @@ corpus      the held-out pieces of the built-in corpus: also alignment with anot
 Figures stand with their standard errors, by bootstrap over the pieces. Sets whose material or tools are missing are left out. The
 published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae import-weights
 model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They are also shown with our
-frames, which are compressed. Beside the weights stands the constant-Q transform of the first of them, moved back by the known
-interval, a frame alone and with all those that the weights see.
+frames, which are compressed. `--transposed` shows all of ours once more with features over other transpositions than they say
+(`model.transposed`, on which no weight depends). Beside the weights stands the constant-Q transform of the first of them, moved back by
+the known interval, a frame alone and with all those that the weights see.
 """
 
 import argparse
 import io
+import itertools
 import math
 import shutil
 import subprocess
@@ -254,6 +256,7 @@ def rebuilding(pairs, model, shift=12):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=SHIPPED, help="model files, or names of shipped weights (default: all of these)")
+    parser.add_argument("--transposed", nargs="+", type=int, default=[], metavar="BINS", help="show features over these transpositions too")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     parser.add_argument("--jkupdd", type=Path, default=SHARED / "jkupdd")
     parser.add_argument("--performances", type=Path, help="a folder with MAESTRO's Maestro_*.mid")
@@ -261,6 +264,8 @@ if __name__ == "__main__":
     given = parser.parse_args()
     models = {file: gae.load_model(file) for file in given.weights}
     ours = next(iter(models.values()))
+    for (file, model), bins in itertools.product(list(models.items()), given.transposed):
+        models[f"{file}, {bins} bins"] = replace(model, sizes=model.sizes.model_copy(update={"transposed": bins}))
     if (SHARED / "cgae_pretrained.npz").exists():
         models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
         models["published, our frames"] = replace(models["published"], cqt=ours.cqt)
