@@ -33,7 +33,7 @@ def recipe(**changes):
     quick |= {"contrast": 0.3, "contrast_kept": 0.1, "temperature": 0.1, "learning_rate": 1.5e-3, "muon_rate": 0.02}
     quick |= {"view_share": 0.5, "validation": 0.1}
     quick |= {"precision": "fp32", "accelerator": "cpu", "dropout": 0.2, "dtype": "float32"}
-    sizes = {"n_factors": 16, "n_hidden": 8, "n_maps": 6, "context": 3, "dilation": 2}
+    sizes = {"n_factors": 16, "n_hidden": 8, "n_maps": 6, "context": 3, "dilation": 2, "transposed": 0}
     return params.validate({"model": sizes, "train": {**quick, **changes}, "plot": {"interval": 30}, "compute": {"checkpoint_seconds": 0}})
 
 
