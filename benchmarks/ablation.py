@@ -65,6 +65,7 @@ VARIATIONS = {
     "factors-128": ["model.n_factors=128"],
     "factors-512": ["model.n_factors=512"],
     "hidden-256": ["model.n_hidden=256"],
+    "transposed-0": ["model.transposed=0"],
     "hop-896": ["cqt.hop_length=896"],
 }
 

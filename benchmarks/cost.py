@@ -1,6 +1,6 @@
 """What an archive costs, on paper: core-hours and storage from what one core does with some minutes of FLAC here.
 
-    python benchmarks/cost.py [--minutes 30] [--weights NAME]
+    python benchmarks/cost.py [--minutes 30] [--weights FILE_OR_NAME]
 
 Prints the measured rates and the table of docs/scale.md.
 """
@@ -91,7 +91,7 @@ def table(seconds, sizes):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--weights", default=SHIPPED[0], choices=SHIPPED)
+    parser.add_argument("--weights", default=SHIPPED[0], help="a model file, or the name of shipped weights (default: %(default)s)")
     given = parser.parse_args()
     keep_memory()
     warm_up()

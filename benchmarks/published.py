@@ -21,8 +21,8 @@ Figures stand with their standard errors, by bootstrap over the pieces. Sets who
 published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae import-weights
 model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They are also shown with our
 frames, which are compressed. `--transposed` shows all of ours once more with features over other transpositions than they say
-(`model.transposed`, on which no weight depends). Beside the weights stands the constant-Q transform of the first of them, moved back by
-the known interval, a frame alone and with all those that the weights see.
+(`model.transposed`, on which no step of a training depends). Beside the weights stands the constant-Q transform of the first of
+them, moved back by the known interval, a frame alone and with all those that the weights see.
 """
 
 import argparse
@@ -288,14 +288,14 @@ if __name__ == "__main__":
             performances["corpus"] = corpus_performances(given.corpus)
         for name, pairs in sets.items():
             for label, (represent, _) in kinds.items():
-                print(f"{name:13} {len(pairs):3} tracks  {label:22} top-1 {invariance(pairs, represent)}", flush=True)
+                print(f"{name:13} {len(pairs):3} tracks  {label:24} top-1 {invariance(pairs, represent)}", flush=True)
         for name, tasks in performances.items():
             for label, (represent, seconds) in kinds.items():
                 for take in ("transposed", "original"):
                     beats = alignment(tasks, represent, seconds, take)
-                    print(f"{name:13} {len(tasks):3} scores, {take:10}  {label:22} beats {beats}", flush=True)
+                    print(f"{name:13} {len(tasks):3} scores, {take:10}  {label:24} beats {beats}", flush=True)
         if "corpus" in sets:
             for label, model in models.items():
                 rebuilt, copied = rebuilding(sets["corpus"], model)
                 errors = f"rebuilt with an error of {rebuilt:.2f} %, the frame before in its place: {copied:.2f} %"
-                print(f"corpus        {len(sets['corpus']):3} tracks  {label:22} {errors}", flush=True)
+                print(f"corpus        {len(sets['corpus']):3} tracks  {label:24} {errors}", flush=True)

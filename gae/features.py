@@ -1,6 +1,7 @@
 """Frames to features, and the file that holds them.
 
-    <name>.h5    values  float32 or float16 (n_frames, n_maps): the mapping of frame t against `context` frames before it
+    <name>.h5    values  float32 or float16 (n_frames, n_maps): the mapping of frame t against `context` frames before it,
+                         or the mean of its mappings in three transpositions
                  times   float64 (n_frames,): centre of each frame, in s
                  attributes: schema, source (path of the audio), source_sha256, model_sha256, cqt (JSON),
                  made_by (digest of what else decides the values)
@@ -294,7 +295,7 @@ def _mapping(model):
     """The function from frames (reach + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
     weights, sizes = model.weights, model.sizes
     n_bins, moves = weights["filters_y"].shape[1], sizes.transpositions
-    # frames moved one way meet a filter as frames that stay meet it moved the other way, and they lie on both sides
+    # frames moved one way meet a filter as frames that stay meet it moved the other way; moves go both ways
     moved_x = np.concatenate([transpose(weights["filters_x"].reshape(-1, n_bins), bins) for bins in moves])
     filters_x = np.zeros((len(moves) * sizes.n_factors, sizes.reach, n_bins), np.float32)
     filters_x[:, sizes.reach - np.array(sizes.lags)] = moved_x.reshape(-1, sizes.context, n_bins)
@@ -322,7 +323,7 @@ def _correlation(filters):
     In the frequency domain, over windows that overlap by what wraps around (overlap-save): far less work than the
     product with every context written out.
     """
-    length, n_bins = filters.shape[1:]
+    n_filters, length, n_bins = filters.shape
     size = 1 << max(7, (2 * length).bit_length())
     hop = size - length + 1
     spectra = np.ascontiguousarray(np.fft.rfft(filters[:, ::-1], size, axis=1).transpose(1, 2, 0))
@@ -335,7 +336,7 @@ def _correlation(filters):
         windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=0)[::hop]
         products = np.fft.rfft(windows.transpose(2, 0, 1), axis=0) @ spectra
         sums = np.fft.irfft(products, size, axis=0)[length - 1 :]
-        return sums.transpose(1, 0, 2).reshape(-1, len(filters))[:n_frames]
+        return sums.transpose(1, 0, 2).reshape(-1, n_filters)[:n_frames]
 
     return correlation
 

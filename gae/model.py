@@ -107,8 +107,8 @@ class GatedAutoencoder(nn.Module):
         Tensor, shape (batch, n_frames, n_maps)
             Values in (-1, 1).
         """
-        moved = ((_transposed(x, bins), _transposed(y, bins)) for bins in self.sizes.transpositions)
-        return torch.stack([self.relate(self.x_factors(x), self.y_factors(y)) for x, y in moved]).mean(0)
+        moved = [[_transposed(frames, bins) for frames in (x, y)] for bins in self.sizes.transpositions]
+        return torch.stack([self.relate(self.x_factors(past), self.y_factors(now)) for past, now in moved]).mean(0)
 
     def relate(self, x_factors, y_factors):
         """The mapping of one transposition from filter responses, both (batch, n_frames, n_factors)."""

@@ -65,13 +65,14 @@ def test_features_equal_the_networks_mapping(transposed):
     assert np.array_equal(extract_frames(frames, model), extract_frames(frames, model.network))
 
 
+@pytest.mark.parametrize("transposed", [0, 5])
 @pytest.mark.parametrize("size", [7, 4095, 4096, 4097, 20000])
-def test_features_do_not_depend_on_blocks_or_threads(size):
-    frames = tiny.frames(9000)
-    whole = extract_frames(frames, tiny.model())
+def test_features_do_not_depend_on_blocks_or_threads(size, transposed):
+    frames, model = tiny.frames(9000), tiny.model(sizes=tiny.SIZES.model_copy(update={"transposed": transposed}))
+    whole = extract_frames(frames, model)
     with threadpool_limits(limits=2):
         blocks = [frames[:0], *(frames[start : start + size] for start in range(0, len(frames), size)), frames[:0]]
-        pieces = list(extract_blocks(iter(blocks), tiny.model()))
+        pieces = list(extract_blocks(iter(blocks), model))
     assert whole.dtype == np.float32 and whole.shape == (9000, 7)
     assert np.array_equal(np.concatenate(pieces), whole)
 
