@@ -120,7 +120,7 @@ class Model(Section):
     growth: float = Field(0.2, ge=0, le=16, description="frames by which each such gap is wider than the one after it; 0 is the original's")
     input_scale: float = Field(10.0, gt=0, le=1000, description="factor on the frames; 1 is the original's, 10 leaves the plateau early")
     transposed: int = Field(
-        12, ge=0, le=1000, description="features are means over frames as they are and so many bins down and up; 0 is the original's"
+        10, ge=0, le=1000, description="features are means over frames as they are and so many bins down and up; 0 is the original's"
     )
 
     @model_validator(mode="after")
