@@ -265,6 +265,15 @@ class Params(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _moved_frames_hold_something(self):
+        if self.model.transposed >= self.cqt.n_bins:
+            raise ValueError(
+                f"model.transposed: got {self.model.transposed} bins, allowed: fewer than cqt.n_bins ({self.cqt.n_bins}), "
+                "or nothing of a frame is left to map"
+            )
+        return self
+
 
 def load(path="params.yaml", overrides=()):
     """Read and validate params.yaml.

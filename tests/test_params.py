@@ -91,6 +91,7 @@ def test_what_is_read_cannot_be_changed(load):
         ),
         ("{model: {context: 255, growth: 0}, train: {block: 200}}", "train.block", "more than the 255 frames"),
         ("model: {dilation: 0}", "model.dilation", ">= 1"),
+        ("{model: {transposed: 20}, cqt: {n_bins: 20}}", "model.transposed", "fewer than cqt.n_bins (20)"),
         ("train: {batch: 16, devices: 3}", "train.batch", "a multiple of train.devices x train.nodes (3)"),
         ("model: {width: 3}", "model.width", "n_factors, n_hidden, n_maps"),
         ("modle: {n_maps: 3}", "modle", "corpus, data, cqt, model"),
