@@ -3,8 +3,8 @@
     python benchmarks/ablation.py [--steps 1600] [--seeds 1 2 3] [--only NAME ...] [--base KEY=VALUE ...] [--out docs/ablation.json]
 
 `--base` changes the default from which each row differs. Run it from the root of a clean checkout; every experiment stays in
-`dvc exp show`. All train on the same number of frames, that of `--steps` steps of the default. The table is printed after each
-experiment, so an interrupted run has shown all that it measured. What is in `--out` is not run again, and several may write to one:
+`dvc exp show`. All train on the same number of frames, that of `--steps` steps of the default. What is in `--out` is not run again, and is
+printed at once; the table is printed anew after each experiment, so an interrupted run has shown all that it measured. Several may write to one:
 on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after the other.
 """
 
@@ -133,6 +133,7 @@ if __name__ == "__main__":
     parser.add_argument("--base", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
     given = parser.parse_args()
+    print(table(measured(given.out)), flush=True)
     for seed in given.seeds:
         for name in given.only:
             if str(seed) not in measured(given.out).get(name, {}):

@@ -6,6 +6,7 @@ Prints the measured rates and the table of docs/scale.md.
 """
 
 import argparse
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ ARCHIVES = {  # tracks, minutes each
     "archive of 100,000 tracks": (100_000, 4.0),
     "catalogue of 100 million tracks": (100_000_000, 3.5),
 }
+LIST = 100_000  # tracks of the longest list
 SHIFTED = "a shifted view"  # which a track gets that is trained on
 POOL = 4  # frames averaged into one, where features are kept pooled
 ENTRY = 300  # bytes of a track in data/index.json, about
@@ -65,6 +67,12 @@ def warm_up():
         measure(1, Path(folder))
 
 
+def shards(tracks, size):
+    """Files that frames of so many bytes lie in, of lists no longer than `LIST`: each list in a power of two of at most `data.shard_mb`."""
+    lists = math.ceil(tracks / LIST)
+    return lists * 2 ** max(0, math.ceil(math.log2(size / lists / (params.Data().shard_mb << 20))))
+
+
 def table(seconds, sizes):
     """The archives as a Markdown table: core-hours and GB."""
     columns = {
@@ -75,10 +83,10 @@ def table(seconds, sizes):
             if stage != SHIFTED
         },
         "frames, float16, GB": lambda tracks, hours: hours * sizes["frames"] / 1e9,
-        "shards": lambda tracks, hours: hours * sizes["frames"] / (params.Params().data.shard_mb << 20),
+        "shards": lambda tracks, hours: shards(tracks, hours * sizes["frames"]),
         "features, float32, GB": lambda tracks, hours: hours * sizes["features"] / 1e9,
         "features, float16, GB": lambda tracks, hours: hours * sizes["features"] / 2e9,
-        f"the same, means of {POOL} frames, GB": lambda tracks, hours: hours * sizes["features"] / 2e9 / POOL,
+        f"the same, means of {POOL} frames (`gae.measures.pool`), GB": lambda tracks, hours: hours * sizes["features"] / 2e9 / POOL,
         "data/index.json, MB": lambda tracks, hours: tracks * ENTRY / 1e6,
     }
     lines = ["| | " + " | ".join(ARCHIVES) + " |", "|" + " --- |" * (len(ARCHIVES) + 1)]

@@ -42,7 +42,7 @@ def stage(description, reads, **paths):
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a sign; the files have it
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="parameters read (key = default, meaning):\n" + params.describe(reads),
+        epilog="parameters read (key = default  meaning; what is allowed):\n" + params.describe(reads),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--params", default="params.yaml", metavar="FILE", help="parameters (default: %(default)s)")

@@ -317,13 +317,13 @@ def validate(values, name="params.yaml"):
 
 
 def describe(keys):
-    """One line for each parameter that `keys` (sections or dotted keys) name: default and meaning, for ``--help``."""
+    """One line for each parameter that `keys` (sections or dotted keys) name: default, meaning and what is allowed, for ``--help``."""
     lines = []
     for key in keys:
         section, _, name = key.partition(".")
         fields = Params.model_fields[section].annotation.model_fields
         for field in [name] if name else fields:
-            lines.append(f"  {section}.{field} = {fields[field].default}  {fields[field].description}")
+            lines.append(f"  {section}.{field} = {fields[field].default}  {fields[field].description}; {_allowed(fields[field])}")
     return "\n".join(lines)
 
 
@@ -391,7 +391,10 @@ def _explain(error):
         return f"{key}: unknown key; allowed: {', '.join(_siblings(error['loc']))}"
     if kind == "value_error":
         return str(error["ctx"]["error"])  # checks over several keys name theirs
-    return f"{key}: got {_SHORT.repr(given)}, allowed: {_allowed(error['loc'])}"
+    if len(error["loc"]) == 1:
+        return f"{key}: got {_SHORT.repr(given)}, allowed: a section with the keys {', '.join(_siblings([key, '']))}"
+    field = Params.model_fields[error["loc"][0]].annotation.model_fields[error["loc"][1]]
+    return f"{key}: got {_SHORT.repr(given)}, allowed: {_allowed(field)} (default {field.default})"
 
 
 def _siblings(loc):
@@ -401,15 +404,12 @@ def _siblings(loc):
     return list(fields)
 
 
-def _allowed(loc):
-    """What a key may hold, in words: its type, range and default."""
-    if len(loc) == 1:
-        return f"a section with the keys {', '.join(Params.model_fields[loc[0]].annotation.model_fields)}"
-    field = Params.model_fields[loc[0]].annotation.model_fields[loc[1]]
+def _allowed(field):
+    """What a key may hold, in words: its type and range."""
     if get_origin(field.annotation) is Literal:
         return " or ".join(str(choice) for choice in get_args(field.annotation))
     words = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}[field.annotation]
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "of the form", "min_length": "of length >="}
     rules = [(sign, getattr(rule, name, None)) for rule in field.metadata for name, sign in signs.items()]
     limits = [f"{sign} {limit}" for sign, limit in rules if limit is not None]
-    return " ".join([words, " and ".join(limits)]).strip() + f" (default {field.default})"
+    return " ".join([words, " and ".join(limits)]).strip()

@@ -272,7 +272,7 @@ def test_any_value_is_kept_or_refused_by_its_name(key, value):
 def test_help_tells_every_parameter_of_a_stage():
     lines = params.describe(["cqt", "data.on_error"]).splitlines()
     assert [line.split()[0] for line in lines] == [*(f"cqt.{key}" for key in params.Cqt.model_fields), "data.on_error"]
-    assert "cqt.hop_length = 448  time between frames, in samples" in lines[1]
+    assert "cqt.hop_length = 448  time between frames, in samples; an integer >= 1" in lines[1]
     for section, key in KEYS:
         assert params.describe([f"{section}.{key}"]).split(" = ")[1].split(maxsplit=1)[1], f"{section}.{key} has no meaning"
 
