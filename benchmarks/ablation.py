@@ -4,7 +4,7 @@
 
 `--base` changes the default from which each row differs. Run it from the root of a clean checkout; every experiment stays in
 `dvc exp show`. All train on the same number of frames, that of `--steps` steps of the default. What is in `--out` is not run again, and is
-printed at once; the table is printed anew after each experiment, so an interrupted run has shown all that it measured. Several may write to one:
+printed at once; the table is printed anew after each experiment, so an interrupted run has shown all it measured. Several may write to one:
 on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after the other.
 """
 

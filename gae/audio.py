@@ -104,7 +104,8 @@ def mono(samples):
     # Channel by channel: NumPy's mean over so short an axis takes far longer, and a matrix product rounds a sample
     # as its place in memory and the number of its neighbours ask, so that two decodings may differ in the last bit.
     first, *others = samples.T
-    return sum(others, start=first) / np.float32(samples.shape[1])
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        return sum(others, start=first) / np.float32(samples.shape[1])
 
 
 def resample(samples, orig_rate, sample_rate):

@@ -12,6 +12,8 @@ from gae import params
 from gae.errors import GaeError, one_line, reason
 
 _REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "name a file",
     errno.ENAMETOOLONG: "shorten it",
     errno.EEXIST: "remove it or name another",
     errno.ENOTDIR: "name a folder",

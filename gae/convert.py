@@ -13,7 +13,7 @@ from tqdm import tqdm
 from gae import audio, storage
 from gae.compute import beside_files, map_tracks
 from gae.cqt import analyse, frame_times, single
-from gae.errors import AudioError, FormatError, ParamsError
+from gae.errors import AudioError, FormatError, ParamsError, one_line
 from gae.features import Features, Origin, check_suffix, extract_blocks, validate, write
 from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
 from gae.index import read_index
@@ -240,7 +240,7 @@ def _mono(samples, sample_rate):
 def _watched(blocks, seconds, total, label):
     """Pass blocks of so many seconds a row on, with a bar of the music's time once it has taken 2 s."""
     rows = 0
-    with tqdm(total=round(total), desc=label, unit="s", delay=2, mininterval=0.5) as bar:
+    with tqdm(total=round(total), desc=one_line(label), unit="s", delay=2, mininterval=0.5) as bar:
         for block in blocks:
             yield block
             rows += len(block)

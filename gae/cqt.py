@@ -121,12 +121,15 @@ def magnitude_blocks(sample_blocks, cqt):
     for block in sample_blocks:
         held.append(block)
         count += len(block)
-        while start + count >= first * cqt.hop_length + piece + margin:
-            samples = np.concatenate(held)
+        if start + count < first * cqt.hop_length + piece + margin:
+            continue
+        samples = np.concatenate(held)
+        while start + len(samples) >= first * cqt.hop_length + piece + margin:
             yield _transform(samples[: first * cqt.hop_length - start + piece + margin], start, first, _PIECE, cqt)
             first += _PIECE
             keep = max(0, first * cqt.hop_length - margin)
-            held, count, start = [samples[keep - start :]], start + count - keep, keep
+            samples, start = samples[keep - start :], keep
+        held, count = [samples], len(samples)
     rest = 1 + (start + count) // cqt.hop_length - first
     if start + count > 0 and rest > 0:
         samples = np.concatenate(held)
@@ -149,9 +152,13 @@ def standardise(frames):
 
     The "contrast normalisation" of Lattner, Grachten and Widmer (ISMIR 2018).
     """
-    centred = frames - frames.mean(axis=1, keepdims=True)
+    mean = frames.mean(axis=1, keepdims=True)
+    centred = frames - mean
     norm = np.linalg.norm(centred, axis=1, keepdims=True)
-    return centred / np.where(norm < 1e-8, 1, norm)
+    rounding = 1e-6 * np.sqrt(frames.shape[1]) * np.abs(mean)  # what the mean's leaves of a constant frame is less
+    flat = norm < np.maximum(1e-8, rounding)
+    centred[flat[:, 0]] = 0
+    return centred / np.where(flat, 1, norm)
 
 
 def transpose(frames, shift, out=None):

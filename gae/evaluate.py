@@ -94,19 +94,45 @@ def evaluate(params, corpus, model, out, metrics, text):
     print(table(figures))
 
 
+def read_figures(path):
+    """The figures that `evaluate` wrote to a JSON.
+
+    Raises
+    ------
+    FormatError
+        If it is missing, or lacks some.
+    """
+    try:
+        figures = read_json(path)
+        table(figures)  # which has all of them
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FormatError(f"{path}: missing or damaged; run `dvc repro evaluate`") from None
+    return figures
+
+
 def heldout_pieces(corpus):
     """The held-out pieces of a corpus: list of dict, as in its corpus.json."""
     index = Path(corpus) / "corpus.json"
     try:
         pieces = [piece for piece in read_json(index)["pieces"] if piece["split"] == "heldout"]
+        whole = all(map(_is_whole, pieces))
         aligned = any(piece["beats"]["score"] for piece in pieces)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FormatError(f"{index}: missing or damaged; run `dvc repro corpus`") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise FormatError(f"{index}: missing or damaged; run `dvc repro corpus`")
     if not pieces:
         raise FormatError(f"{index}: holds no held-out piece; raise corpus.heldout and run `dvc repro corpus`")
     if not aligned:
         raise FormatError(f"{index}: no held-out piece has beats to align by; raise corpus.heldout and run `dvc repro corpus`")
     return pieces
+
+
+def _is_whole(piece):
+    """Whether all that is used of a held-out piece is there."""
+    score, performance = (np.array(piece["beats"][take], float) for take in ("score", "performance"))
+    sound = score.ndim == 1 and score.shape == performance.shape and np.isfinite([score, performance]).all()
+    return sound and isinstance(piece["id"], str) and isinstance(piece["k"], int) and abs(piece["k"]) <= 12
 
 
 def heldout_file(corpus, piece, take):

@@ -456,7 +456,7 @@ def _opened(path):
     if not os.path.exists(path):
         raise FormatError(f"{path}: no such file; run `dvc repro convert` or `gae convert`")
     if Path(path).suffix.lower() in (".npz", ".csv"):
-        raise FormatError(f"{path}: only .h5 feature files are read here; numpy.load reads .npz, numpy.loadtxt .csv")
+        raise FormatError(f"{path}: only .h5 feature files are read here; numpy.load reads .npz, numpy.loadtxt(..., delimiter=',') .csv")
     return hdf5.opened(path, "feature file", _REMEDY)
 
 

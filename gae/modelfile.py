@@ -19,6 +19,7 @@ from gae.errors import FormatError, reason
 from gae.files import content_hash
 
 SCHEMA = 1
+_LARGEST = 1e6  # of weights: by products of smaller ones and the largest sizes that params.yaml may have no feature becomes infinite or NaN
 SHIPPED = ("pretrained", "pretrained-fast")  # names of weights that are shipped; models/pretrained.md
 
 
@@ -29,8 +30,8 @@ class Model:
     Attributes
     ----------
     weights : mapping of str to ndarray of float32
-        By name, as in `gae.model.GatedAutoencoder`. Read-only: ``dataclasses.replace(model, weights={**model.weights, ...})`` makes
-        another model.
+        By name, as in `gae.model.GatedAutoencoder`. Read-only: ``dataclasses.replace(model, sha256="",
+        weights={**model.weights, ...})`` makes another model.
     sizes : gae.params.Model
     cqt : gae.params.Cqt
     facts : dict
@@ -76,7 +77,7 @@ def load_model(path: str | Path | None = None) -> Model:
     ----------
     path : str or Path, optional
         A .safetensors file that `gae` wrote, or the name of weights that are shipped: "pretrained", the default, or
-        "pretrained-fast", with half as many features.
+        "pretrained-fast", with half as many frames.
 
     Returns
     -------
@@ -110,8 +111,8 @@ def problem_of(model):
     shapes = {name: array.shape for name, array in model.weights.items()}
     if shapes != _shapes(model.sizes, model.cqt.n_bins):
         return "weights and sizes don't fit"
-    if not all(np.isfinite(array).all() for array in model.weights.values()):
-        return "holds weights that are NaN or infinite"
+    if not all((np.abs(array) < _LARGEST).all() for array in model.weights.values()):  # NaN compares as false
+        return f"holds weights that are NaN or infinite, or beyond {_LARGEST:g}"
     return None
 
 
@@ -155,7 +156,7 @@ def _read(path):
         raise FormatError(f"{path}: not a model file ({reason(error)}); run `dvc repro train` or `dvc pull`") from None
     schema = facts.get("schema") if isinstance(facts, dict) else None
     if schema != SCHEMA:
-        raise FormatError(f"{path}: model schema {schema!r}, expected {SCHEMA}; convert it with this version's tools")
+        raise FormatError(f"{path}: model schema {schema!r}, expected {SCHEMA}; train again, or use the version of gae that wrote it")
     return facts, weights
 
 

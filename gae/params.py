@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from gae.errors import ParamsError, reason
 
 _LONGEST = 1 << 20  # samples of the longest filter of a constant-Q transform
+_FURTHEST = 500  # frames that a context may reach back: features are made with filters that hold as many
 _MERGED = 1000  # keys that a section may have with those that it merges (<<: *other)
 
 
@@ -127,6 +128,15 @@ class Model(Section):
     def _odd_context(self):
         if self.context % 2 == 0:
             raise ValueError(f"model.context: got {self.context}, allowed: an odd integer (1, 3, 5, ...)")
+        return self
+
+    @model_validator(mode="after")
+    def _bounded_reach(self):
+        if self.reach > _FURTHEST:
+            raise ValueError(
+                f"model.context: {self.context} frames reach back {self.reach} with model.dilation {self.dilation} "
+                f"and model.growth {self.growth:g}, allowed: up to {_FURTHEST}"
+            )
         return self
 
     @property

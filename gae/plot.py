@@ -19,9 +19,9 @@ from gae.convert import feature_names
 from gae.cqt import frames as cqt_frames
 from gae.cqt import transpose
 from gae.errors import FormatError
-from gae.evaluate import LABELS, TOLERANCES, heldout_file, heldout_pieces
+from gae.evaluate import LABELS, TOLERANCES, heldout_file, heldout_pieces, read_figures
 from gae.features import extract_frames, with_past
-from gae.files import read_json, replacing
+from gae.files import replacing
 from gae.measures import pool, stack, unit
 from gae.modelfile import load_model
 from gae.params import Plot
@@ -79,18 +79,20 @@ def draw(params, corpus, shards, model, tracks, metrics, figures):
     figures : Path
         Folder for the pictures: PNG, those of the tracks in figures/tracks.
     """
-    model = load_model(model)
+    model, evaluation, tracks = load_model(model), read_figures(metrics), Path(tracks)
+    if not tracks.is_dir():
+        raise FormatError(f"{tracks}: no such folder; run `dvc repro convert`")
     cqt, plot, figures = model.cqt, params.plot, Path(figures)
     frames, past, begin, title = _excerpt(shards, model, plot.seconds)
     pictures = (
         lambda: draw_input(frames[past:], cqt, begin, title, figures / "input.png", plot),
         lambda: draw_network(model.network, cqt, frames, figures, plot=plot, past=past, begin=begin),
-        lambda: draw_metrics(read_json(metrics), figures / "metrics.png", plot),
+        lambda: draw_metrics(evaluation, figures / "metrics.png", plot),
         lambda: _draw_heldout(Path(corpus), model, figures / "transposition.png", plot),
     )
     for picture in tqdm(pictures, desc="pictures", unit="picture"):
         picture()
-    map_tracks(draw_track, sorted(Path(tracks).glob("*.h5")), beside_files(params.compute), "tracks", (figures / "tracks", plot))
+    map_tracks(draw_track, sorted(tracks.glob("*.h5")), beside_files(params.compute), "tracks", (figures / "tracks", plot))
 
 
 def draw_network(network, cqt, frames, folder, step=None, plot=None, past=0, begin=0.0):
@@ -446,6 +448,8 @@ def _excerpt(folder, model, seconds):
     with Shards(folder) as shards:
         if shards.cqt != cqt:
             raise FormatError(f"{folder}: made with other cqt parameters than the model's; run `dvc repro`")
+        if not shards.lines:
+            raise FormatError(f"{folder}: holds no track; run `dvc repro preprocess`")
         track = shards.lines[0][0]
         n_frames = min(track.n_frames, max(2, round(seconds / cqt.frame_seconds)))
         start = (track.n_frames - n_frames) // 2
@@ -457,6 +461,8 @@ def _excerpt(folder, model, seconds):
 def _pooled(file):
     """The features of a file of any length, pooled to a bounded number of frames, and their duration in s."""
     header = features.validate(file)
+    if not header.n_frames:
+        raise FormatError(f"{file}: holds no frame; remove it and run `dvc repro convert`")
     n = -(-header.n_frames // _MATRIX)
     step = n * max(1, _BLOCK // n)
     blocks = (features.read(file, start, start + step).values for start in range(0, header.n_frames, step))

@@ -32,7 +32,7 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
-from gae import audio, cli, convert, features, index, modelfile, params, shards, weights
+from gae import audio, cli, convert, evaluate, features, index, modelfile, params, shards, weights
 from gae.checkpoints import Checkpoints
 from gae.errors import AudioError, FormatError, GaeError
 from gae.filelists import check_list, read_list
@@ -635,6 +635,16 @@ def _model():
     return Path("out/model.safetensors").read_bytes()
 
 
+@cache
+def _greedy_model(dilation):
+    """A small file of a model whose filters, with the gaps of its context, are large."""
+    cqt = params.Cqt(fmin=30.0, n_bins=2000, bins_per_octave=240)
+    sizes = {**tiny.SIZES.model_dump(), "n_factors": 1, "context": 31, "dilation": dilation, "transposed": 10}
+    facts = {"schema": modelfile.SCHEMA, "model": sizes, "cqt": cqt.model_dump()}
+    weights = tiny.model(cqt=cqt, sizes=tiny.SIZES.model_copy(update={"n_factors": 1, "context": 31})).weights
+    return _safetensors(facts, {name: array.astype(np.float16) for name, array in weights.items()})
+
+
 def _split(data):
     """Header as a value and the numbers of a .safetensors."""
     size = struct.unpack("<Q", data[:8])[0]
@@ -752,6 +762,32 @@ def _convert_again(path):
     _convert(path)
 
 
+def _corpus():
+    beats = {"score": [0.5, 1.0], "performance": [0.6, 1.2]}
+    pieces = [{"id": name, "split": "heldout", "k": k, "beats": beats} for name, k in (("a", 3), ("b", -4))]
+    return {"pieces": [{"id": "c", "split": "train"}, *pieces]}
+
+
+def _read_corpus(path):
+    for piece in evaluate.heldout_pieces(path.parent):
+        evaluate.heldout_file(path.parent, piece, "original")
+        assert np.subtract(*piece["beats"].values()).ndim == 1 and -piece["k"] <= 12
+
+
+def _figures():
+    def figures(*names):
+        return {name + end: 12.5 for name in names for end in ("", "_se")}
+
+    aligned = {key: figures(*evaluate.TOLERANCES) for key in ("transposed", "untransposed")}
+    return {
+        "pieces": 2,
+        "invariance": {kind: figures("top1", "top1_stacked") for kind in evaluate.LABELS},
+        "alignment": dict.fromkeys(evaluate.LABELS, aligned),
+        "reconstruction": figures("relative_error", "of_a_copy"),
+        "speed": {"conversion_times_real_time": 500.0},
+    }
+
+
 def _furnish_memory():
     soundfile.write("a.wav", tiny.tone(0.2, 8000), 8000)
     os.utime("a.wav", ns=(0, 0))
@@ -855,11 +891,13 @@ TARGETS = [
     Target("shard", "shards/shard-all.h5", _read_shards, _shard_seeds, lambda: _hdf5(_shard), _furnish_shards),
     Target("shards/index.json", "shards/index.json", _read_shards, lambda: [rendered(_shards_index())], altered_json(_shards_index), _furnish_shards),
     Target("features", "stranger.h5", _read_features, lambda: _versions(_features), lambda: _hdf5(_features)),
-    Target("model", "stranger.safetensors", _read_model, lambda: [_model()], lambda: _lying_safetensors(_model)),
+    Target("model", "stranger.safetensors", _read_model, lambda: [_model(), _greedy_model(34), _greedy_model(15)], lambda: _lying_safetensors(_model)),
     Target("model.save", "stranger.save", lambda path: weights.read_original(path), cache(_weights_seeds), _weights_parts),
     Target("data/index.json", "index.json", _convert, lambda: [rendered(_index())], altered_json(_index), _furnish_conversion),
     Target("features/index.json", "stranger.json", _convert_again, lambda: [rendered(_features_index())], altered_json(_features_index), _furnish_conversion),
     Target("index memory", "stranger.json", _read_memory, lambda: [rendered(_memory_seed())], altered_json(_memory_seed), _furnish_memory),
+    Target("corpus.json", "corpus/corpus.json", _read_corpus, lambda: [rendered(_corpus())], altered_json(_corpus)),
+    Target("evaluation.json", "stranger.json", evaluate.read_figures, lambda: [rendered(_figures())], altered_json(_figures)),
     Target("checkpoint", "stranger.safetensors", _read_checkpoint, lambda: [_checkpoint()], lambda: _lying_safetensors(_checkpoint)),
     Target("names", "stranger.name", _read_name, _name_seeds, _name_parts, _furnish_conversion),
 ]  # fmt: skip

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
+from tqdm import tqdm
 
 import gae
 from gae.cli import main
+from gae.commandline import explained
 from gae.features import SUFFIXES
 from gae.model import save_model
 from gae.modelfile import SHIPPED
@@ -177,6 +179,18 @@ def test_what_can_not_be_written_is_said_with_a_remedy(folder, weights, capsys):
     assert error == "gae: error: bad.wav: File exists; remove it or name another\n"
     _, _, error = run(capsys, "convert", "song.wav", "--out", f"{80 * '音'}.h5", "--weights", weights)
     assert error == f"gae: error: {80 * '音'}.h5: File name too long; shorten it\n"
+    for opened, remedy in (("bad.wav/../none", "name a folder"), ("none", "check the path"), (".", "name a file")):
+        with pytest.raises(OSError) as missing:
+            Path(opened).read_bytes()
+        assert explained(missing.value).startswith(f"{opened}: ") and explained(missing.value).endswith(f"; {remedy}")
+
+
+def test_a_bar_shows_no_more_of_a_name_than_a_terminal_takes(folder, weights, capsys, monkeypatch):
+    monkeypatch.setattr("gae.convert.tqdm", lambda **given: tqdm(**{**given, "delay": 0}))
+    name = "two\n\x1b[31mlines.wav"
+    (folder / "song.wav").rename(folder / name)
+    _, _, error = run(capsys, "convert", name, "--out", "song.h5", "--weights", weights)
+    assert "\x1b" not in error and r"two\n\x1b[31mlines.wav" in error
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

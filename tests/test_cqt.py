@@ -178,6 +178,12 @@ def test_standardising_by_hand():
     assert np.allclose(standardise(rows), [rising, rising, [0, 0, 0], [0, 0, 0], [0, 0, 0]], atol=1e-6)
 
 
+@pytest.mark.parametrize("n_bins", [2, 120, 2000])
+def test_a_constant_frame_becomes_zero_whatever_its_mean_rounds_to(n_bins):
+    levels = np.random.default_rng(1).uniform(0, 10, 500).astype(np.float32)
+    assert not standardise(np.repeat(levels[:, None], n_bins, axis=1)).any()
+
+
 @given(
     st.sampled_from([1000, 8000, 22050, 48000]),
     st.sampled_from([16, 100, 448, 1000]),

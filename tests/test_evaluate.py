@@ -246,6 +246,44 @@ def test_nothing_rebuilt_is_an_error_of_one():
     assert reconstruction_error(np.zeros((30, 36), np.float32), network, 6, np.random.default_rng(0)) == 0
 
 
+def altered(value, path):
+    """A copy of JSON in which what a path of keys leads to is another value, or gone."""
+    value = json.loads(json.dumps(value))
+    *way, last, new = path
+    holder = value
+    for key in way:
+        holder = holder[key]
+    holder[last] = new
+    if new is ...:
+        del holder[last]
+    return value
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("id", ...),
+        ("id", 3),
+        ("k", ...),
+        ("k", "3"),
+        ("k", 10**9),
+        ("beats", ...),
+        ("beats", "score", None),
+        ("beats", "score", [0.5, 1.0]),
+        ("beats", "performance", ...),
+        ("beats", "performance", ["a"]),
+        ("beats", "performance", [None]),
+    ],
+)
+def test_a_piece_that_is_not_whole_is_named_before_any_work(tmp_path, path):
+    piece = {"id": "a", "split": "heldout", "k": 3, "beats": {"score": [0.5], "performance": [0.6]}}
+    (tmp_path / "corpus.json").write_text(json.dumps({"pieces": [piece]}))
+    assert heldout_pieces(tmp_path) == [piece]
+    (tmp_path / "corpus.json").write_text(json.dumps({"pieces": [piece, altered({**piece, "id": "b"}, path)]}))
+    with pytest.raises(FormatError, match=r"corpus\.json: missing or damaged"):
+        heldout_pieces(tmp_path)
+
+
 def test_what_is_missing_is_named(corpus, model, tmp_path, in_this_process):
     with pytest.raises(FormatError, match=r"corpus\.json: missing.*dvc repro corpus"):
         heldout_pieces(tmp_path)
@@ -255,7 +293,9 @@ def test_what_is_missing_is_named(corpus, model, tmp_path, in_this_process):
     (tmp_path / "corpus.json").write_text('{"pieces": [{"id": "a", "split": "train"}]}')
     with pytest.raises(FormatError, match="no held-out piece"):
         heldout_pieces(tmp_path)
-    (tmp_path / "corpus.json").write_text('{"pieces": [{"id": "a", "split": "heldout", "beats": {"score": []}}]}')
+    (tmp_path / "corpus.json").write_text(
+        '{"pieces": [{"id": "a", "split": "heldout", "k": 1, "beats": {"score": [], "performance": []}}]}'
+    )
     with pytest.raises(FormatError, match="no held-out piece has beats"):
         heldout_pieces(tmp_path)
     with pytest.raises(FormatError, match="no such model"):

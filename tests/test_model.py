@@ -513,7 +513,7 @@ def test_a_header_that_claims_more_than_there_is_is_refused(saved):
     refuse(saved)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e30])
 def test_weights_that_are_no_numbers_are_refused(saved, network, value):
     with torch.no_grad():
         network.filters_y[3, 3] = value

@@ -90,6 +90,7 @@ def test_what_is_read_cannot_be_changed(load):
             "more than the 20 frames that model.context 9 with model.dilation 2 and model.growth 0.1 reaches back",
         ),
         ("{model: {context: 255, growth: 0}, train: {block: 200}}", "train.block", "more than the 255 frames"),
+        ("{model: {context: 101, dilation: 5, growth: 0}}", "model.context", "101 frames reach back 501 with model.dilation 5"),
         ("model: {dilation: 0}", "model.dilation", ">= 1"),
         ("{model: {transposed: 20}, cqt: {n_bins: 20}}", "model.transposed", "fewer than cqt.n_bins (20)"),
         ("train: {batch: 16, devices: 3}", "train.batch", "a multiple of train.devices x train.nodes (3)"),

@@ -52,6 +52,8 @@ def metrics():
         "pieces": 3,
         "invariance": {kind: figures(("top1", "top1_stacked")) for kind in LABELS},
         "alignment": {kind: {key: figures(TOLERANCES) for key in ("transposed", "untransposed")} for kind in LABELS},
+        "reconstruction": figures(("relative_error", "of_a_copy")),
+        "speed": {"conversion_times_real_time": 500.0},
     }
 
 
@@ -115,6 +117,28 @@ def test_a_passage_shorter_than_a_frame_is_drawn_as_two_frames(run, in_this_proc
 def test_pictures_need_the_models_frames(run, in_this_process):
     save_model(run[2], tiny.model().network, Cqt(n_bins=36, sample_rate=8000, fmin=100.0))
     with pytest.raises(FormatError, match="other cqt parameters"):
+        draw(Params(plot=PLOT), *run)
+
+
+@pytest.mark.parametrize("damage", [lambda text: "", lambda text: text[:300], lambda text: "{}", lambda text: text.replace("3", "null")])
+def test_damaged_figures_are_named_before_anything_is_drawn(run, in_this_process, damage):
+    run[4].write_text(damage(run[4].read_text()))
+    with pytest.raises(FormatError, match=r"metrics\.json: missing or damaged; run `dvc repro evaluate`"):
+        draw(Params(plot=PLOT), *run)
+    run[4].unlink()
+    with pytest.raises(FormatError, match=r"metrics\.json: missing or damaged"):
+        draw(Params(plot=PLOT), *run)
+    assert not run[-1].exists()
+
+
+def test_what_is_not_there_to_draw_is_named(run, in_this_process):
+    with pytest.raises(FormatError, match="none: no such folder; run `dvc repro convert`"):
+        draw(Params(plot=PLOT), *run[:3], run[0] / "none", *run[4:])
+    write(run[3] / "empty.h5", [], (0, tiny.SIZES.n_maps), Origin(tiny.CQT, "empty.wav"))
+    with pytest.raises(FormatError, match=r"empty\.h5: holds no frame"):
+        draw(Params(plot=PLOT), *run)
+    (run[1] / "index.json").write_text(json.dumps({"schema": json.loads((run[1] / "index.json").read_text())["schema"], "lines": []}))
+    with pytest.raises(FormatError, match="shards: holds no track; run `dvc repro preprocess`"):
         draw(Params(plot=PLOT), *run)
 
 
