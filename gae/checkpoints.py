@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from gae.commandline import explained, warn
-from gae.errors import GaeError
+from gae.errors import GaeError, TrainingError
 from gae.files import remove_own, replacing, sweep
 
 _NAMES = r"[0-9a-f]{32}(\.safetensors)?"  # of checkpoints, and of the folders of their drawings
@@ -78,6 +79,7 @@ class Checkpoints:
 
     def clear(self):
         """Remove all checkpoints and drawings, and the folder if nothing else is in it: the run has ended well."""
+        self.file.unlink(missing_ok=True)  # first: a run that went on from it would miss its drawings
         remove_own(self.folder, _NAMES)
 
     def _read(self):
@@ -100,6 +102,17 @@ class Checkpoints:
         return None, None
 
 
+@contextmanager
+def told_once(fabric):
+    """Of a `TrainingError` that all processes come upon the first tells. The others end as if well: Lightning would kill it else."""
+    try:
+        yield
+    except TrainingError:
+        if fabric.is_global_zero:
+            raise
+        raise SystemExit(0) from None
+
+
 def from_first(fabric, action):
     """What `action` gives in the first process, for all of them; where it fails all end, and the first says why in one line."""
     result = refusal = None
@@ -110,7 +123,8 @@ def from_first(fabric, action):
             refusal = explained(error)
     result, refusal = fabric.broadcast((result, refusal))
     if refusal:
-        raise GaeError(refusal) if fabric.is_global_zero else SystemExit(1)
+        with told_once(fabric):
+            raise TrainingError(refusal)
     return result
 
 

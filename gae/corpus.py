@@ -18,6 +18,7 @@ import shutil
 import warnings
 import zlib
 from collections import deque
+from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from gae.compute import beside_files, n_cores, submitting
 from gae.errors import ParamsError
-from gae.files import code_digest, content_hash, digest, read_json, write_json
+from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
 
 SAMPLE_RATE = 22_050  # Hz
 HELDOUT_SHIFT = 6  # semitones: a held-out piece is transposed by at most this
@@ -842,6 +843,9 @@ def _in_order(submit, jobs, ahead):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except GeneratorExit:  # nobody wants more
+        wait(waiting)  # Dask's workers end what they have begun: not after the folder was cleared up
+        raise
     finally:
         for future in waiting:
             future.cancel()
@@ -897,7 +901,8 @@ def _steps(notes):
 
 
 def _keep_only(out, reports):
-    """Remove the folders of pieces that are not, or no longer, chosen, and those half-written."""
+    """Remove the folders of pieces that are not, or no longer, chosen, and what is half-written."""
+    sweep(out)
     kept = {out / report["split"] / report["id"] for report in reports}
     for folder in [*out.glob("train/*"), *out.glob("heldout/*")]:
         ours = (folder / "piece.json").exists() or re.fullmatch(r"\..+\.partial", folder.name)

@@ -11,8 +11,12 @@ import h5py
 from gae.errors import FormatError, reason
 
 _HEAD = 1 << 20  # bytes looked at: there our files have their attributes
-# what the system says of a file that may be sound: no right to read it, a lock on it, a disk or a server that fails, too many open
-_PASSING = (errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)
+# what the system says of a file that may be sound: no right to read it, a lock on it, a disk or a server that fails, too many open,
+# too little memory
+_PASSING = (
+    errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ENOMEM, errno.ENOTCONN,
+    errno.EHOSTDOWN, errno.ESTALE, errno.ETIMEDOUT,
+)  # fmt: skip
 
 
 @contextmanager

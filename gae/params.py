@@ -162,7 +162,7 @@ class Train(Section):
     objective: Literal["invariance", "reconstruction"] = Field(
         "invariance", description="reconstruction is the original's loss; invariance adds a contrast between transpositions and views"
     )
-    steps: int = Field(8000, ge=1, le=100_000_000, description="optimiser steps")
+    steps: int = Field(8000, ge=1, le=10_000_000, description="optimiser steps")
     batch: int = Field(64, ge=1, le=65536, description="excerpts a step, over all devices")
     block: int = Field(64, ge=2, le=65536, description="frames that an excerpt spans; more than model.context reaches back")
     stride: int = Field(4, ge=1, le=1024, description="use every stride-th frame of an excerpt: neighbours teach little")

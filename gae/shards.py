@@ -30,6 +30,7 @@ from gae.storage import all_fetched
 SCHEMA = 1
 _CHUNK = 256  # frames in one HDF5 chunk: about what training reads at a time
 _FILES = 64  # open at a time
+_DATASETS = 2048  # the same, of all files: each takes some 20 kB, and an archive has millions
 _BLOCK = 8192  # frames read at a time
 _REMEDY = "delete it and run `dvc repro` again"
 
@@ -135,6 +136,9 @@ class _Opened:
         self._files.move_to_end(path)
         file, datasets = self._files[path]
         if key not in datasets:
+            if sum(len(held) for _, held in self._files.values()) >= _DATASETS:
+                for _, held in self._files.values():
+                    held.clear()
             datasets[key] = file[key]["cqt"]
         return datasets[key]
 

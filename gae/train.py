@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gae import plot
 from gae.batches import Excerpts, long_enough, n_frames_before
-from gae.checkpoints import Checkpoints, from_first
+from gae.checkpoints import Checkpoints, from_first, told_once
 from gae.commandline import warn
 from gae.compute import give_back_memory, keep_memory
 from gae.cqt import transpose
@@ -70,9 +70,10 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
     params = params.model_copy(update={"train": settled(params.train)})
     fabric = launch(params.train)
     with Shards(shards_folder) as shards, _alone(fabric, checkpoints):
-        run = Run(fabric, params, shards, checkpoints)
+        with told_once(fabric):
+            run = Run(fabric, params, shards, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
-        with view or nullcontext():
+        with view or nullcontext(), _peers(fabric):
             _advance(run, view, model_path)
         if view:
             run.write(model_path, run.best, run.best_step, run.history[-1])
@@ -89,7 +90,8 @@ def _advance(run, view, model_path):
         trouble = run.look()
         if trouble:
             run.write_good(model_path)
-            raise TrainingError(f"{trouble}; {run.remedy(model_path)}")
+            with told_once(run.fabric):
+                raise TrainingError(f"{trouble}; {run.remedy(model_path)}")
         if run.step % VALIDATION_STEPS == 0 or run.ended:
             run.validate()
         if view:
@@ -117,6 +119,17 @@ def _alone(fabric, checkpoints):
     with ExitStack() as held:
         from_first(fabric, lambda: held.enter_context(alone(checkpoints)))
         yield
+
+
+@contextmanager
+def _peers(fabric):
+    """One line where another process of this training has ended: PyTorch says at length that it does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if fabric.world_size == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise TrainingError("another process of this training has ended; see what it says, and run it again to go on") from None
 
 
 def launch(train):
@@ -183,10 +196,10 @@ class Run:
 
         self.step, self.good_step, self.history, self.seconds = 0, 0, [], 0.0
         self.best_score, self.best_error, self.best_step, self.fruitless = -1.0, 0.0, 0, 0
-        self._window = []
+        self._window, self._settled = [], fabric.world_size == 1
         code = code_digest(["batches", "cqt", "measures", "model", "muon", "train"], ["numpy", "torch"])
         frames = sorted({track.code for track in shards.tracks.values()})
-        recipe = [params.model.model_dump(), recipe_of(params.train), self.data, frames, code]
+        recipe = [params.model.model_dump(), params.model.lags, recipe_of(params.train), self.data, frames, code]
         modules = {"model": self.model, "average": self.average, "best": self.best, "good": self.good}
         self.store = Checkpoints(checkpoints, digest(recipe), modules, optimisers, fabric)
         vars(self).update(self.store.resume() or {})
@@ -208,6 +221,24 @@ class Run:
         train = self.params.train
         for group in [group for optimiser in self.optimisers for group in optimiser.param_groups]:
             group["lr"] = group["initial_lr"] * schedule(self.step, train)
+        if not self._settled:  # DDP orders gradients anew after its first, and so do their sums; here and where training goes on
+            self._differentiate(batch)
+            self._forget_gradients()
+            self._settled = True
+        terms = self._differentiate(batch)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self._forget_gradients()
+        self.model.set_filter_norm(train.filter_norm)
+        # early weights must not linger in the average: it starts short and grows to its full length
+        keep = min(train.averaging, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
+        self._window.append({name: term.detach() for name, term in terms.items()})
+        self.step += 1
+
+    def _differentiate(self, batch):
+        """The terms of the loss, and the gradients of the weights."""
+        train = self.params.train
         tensors = [torch.from_numpy(array).to(self.fabric.device) for array in batch]
         try:
             terms = self.objective(*tensors, contrast_weight(self.step, train))
@@ -220,15 +251,11 @@ class Run:
                 raise
             sizes = f"train.batch ({train.batch}) or train.contrast_frames ({train.contrast_frames})"
             raise TrainingError(f"memory does not hold a step; lower {sizes}") from None
+        return terms
+
+    def _forget_gradients(self):
         for optimiser in self.optimisers:
-            optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        self.model.set_filter_norm(train.filter_norm)
-        # early weights must not linger in the average: it starts short and grows to its full length
-        keep = min(train.averaging, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
-        self._window.append({name: term.detach() for name, term in terms.items()})
-        self.step += 1
 
     def look(self):
         """Note the mean losses since the last pause; say what is wrong with them, if anything."""
@@ -543,4 +570,11 @@ def _gatherer(fabric):
     if fabric.world_size == 1:
         return lambda tensor: tensor
     warnings.filterwarnings("ignore", ".*all_gather is deprecated")  # Fabric's to mend
-    return lambda tensor: fabric.all_gather(tensor, sync_grads=True)
+
+    def gather(tensor):
+        gathered = fabric.all_gather(tensor, sync_grads=True)
+        if gathered.requires_grad:
+            gathered.register_hook(torch.Tensor.contiguous)  # gloo deals a gradient out as its bytes lie
+        return gathered
+
+    return gather

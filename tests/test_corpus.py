@@ -1,6 +1,8 @@
 """The built-in music: right pitches in all sounds, views of equal timing, true beats, and two sides that share nothing."""
 
 import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -314,12 +316,36 @@ def test_what_is_there_is_kept_and_what_is_stale_goes(rendered, few_pieces, tmp_
     corpus.render_piece(tune, "train", None, folder, SMALL.model_copy(update={"seed": 2}))
     assert (folder / "1.flac").stat().st_mtime_ns > before
     (tmp_path / "train" / ".piece.partial").mkdir()
+    (tmp_path / ".corpus.json.123.partial").touch()
     corpus._keep_only(tmp_path, [{"split": "train", "id": "piece"}])
-    assert [path.name for path in (tmp_path / "train").iterdir()] == ["piece"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_dir() or path.suffix == ".partial"] == ["train", "piece"]
     (tmp_path / "train" / "dataset").mkdir()
     (tmp_path / "train" / "dataset" / "labels.csv").write_text("the user's")
     corpus._keep_only(tmp_path, [])
     assert [path.name for path in (tmp_path / "train").iterdir()] == ["dataset"]
+
+
+def test_pieces_under_way_are_waited_for_when_there_are_enough(monkeypatch):
+    """Dask's workers go on with what is cancelled: they would write into the folder after it was cleared up."""
+    begun, ended = [], []
+
+    def render(number):
+        begun.append(number)
+        time.sleep(0.05)
+        ended.append(number)
+        return number
+
+    def submit(function, *arguments):
+        promise, work = Future(), pool.submit(function, *arguments)
+        work.add_done_callback(lambda done: promise.cancelled() or promise.set_result(done.result()))
+        return promise
+
+    monkeypatch.setattr(corpus, "render_piece", render)
+    with ThreadPoolExecutor(2) as pool:
+        reports = corpus._in_order(submit, [(number,) for number in range(20)], 4)
+        assert [next(reports), next(reports)] == [0, 1]
+        reports.close()
+        assert sorted(ended) == sorted(begun) and len(begun) < 20
 
 
 @pytest.mark.parametrize("name", ["1.flac", "piece.json"])

@@ -32,6 +32,19 @@ def test_a_full_disk_is_an_error_and_no_chatter(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOMEM, errno.ENOTCONN])
+def test_what_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch, code):
+    def refuse(path, mode):
+        raise OSError(code, "as h5py says it")
+
+    with hdf5.create(tmp_path / "file.h5") as file:
+        fill(file)
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(OSError) as refused, hdf5.opened(tmp_path / "file.h5", "shard", "make it again"):
+        pass
+    assert (refused.value.errno, refused.value.filename) == (code, str(tmp_path / "file.h5"))
+
+
 @pytest.mark.parametrize("room", [0, 100, 5_000, 300_000])
 def test_a_disk_that_fills_up_is_one_error_and_no_chatter(tmp_path, monkeypatch, capfd, room):
     class Disk(FileIO):

@@ -111,6 +111,16 @@ def test_more_shards_than_may_be_open_can_be_read(tmp_path, tracks, monkeypatch)
         assert len(read._opened._files) == 3
 
 
+def test_of_any_number_of_tracks_some_are_open(tmp_path, tracks, monkeypatch):
+    monkeypatch.setattr(shards, "_DATASETS", 3)
+    write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 20_000)
+    with Shards(tmp_path / "out") as read:
+        for _ in range(2):
+            for number, key in enumerate(tracks):
+                assert np.array_equal(read.read(key), frames_of(number))
+                assert sum(len(held) for _, held in read._opened._files.values()) <= 3
+
+
 def test_bytes_do_not_depend_on_the_clock(tmp_path):
     first = staged(tmp_path / "first", 3)
     time.sleep(1.1)  # the clock of HDF5's time stamps ticks in seconds

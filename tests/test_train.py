@@ -17,6 +17,8 @@ import torch
 
 from gae import params
 from gae import train as module
+from gae.checkpoints import Checkpoints
+from gae.commandline import explained
 from gae.errors import GaeError, TrainingError
 from gae.files import read_json, write_json
 from gae.modelfile import load_model
@@ -809,6 +811,77 @@ def processes():
     return start
 
 
+def run_together(settings, shards, folder, rank, port, change):
+    """The body of one process of several, as torchrun would start it."""
+    world = settings["train"]["devices"]
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    change()
+    try:
+        run_in_process(settings, shards, folder)
+    except (GaeError, OSError) as error:
+        (folder / f"said-by-{rank}").write_text(explained(error))
+        raise SystemExit(1) from None
+
+
+def said(folder):
+    """By rank, what the processes said at their end."""
+    return {int(file.name.split("-")[-1]): file.read_text() for file in folder.glob("said-by-*")}
+
+
+class until:
+    """Ends a process before a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self):
+        update = Run.update
+        Run.update = lambda run, batch: os._exit(9) if run.step == self.step else update(run, batch)
+
+
+def spoilt():
+    """From step 40 on the loss is no number."""
+    update = Run._differentiate
+
+    def differentiate(run, batch):
+        return update(run, batch._replace(y=batch.y * np.float32(np.nan if run.step >= 40 else 1)))
+
+    Run._differentiate = differentiate
+
+
+def full():
+    """At step 50 the disk is full."""
+    save = Checkpoints.save
+
+    def fail(store, step, **facts):
+        if step >= 50 and store.fabric.is_global_zero:
+            raise OSError(28, "No space left on device", str(store.file))
+        save(store, step=step, **facts)
+
+    Checkpoints.save = fail
+
+
+@pytest.fixture(scope="module")
+def together():
+    """Runs all processes of a training; their exit codes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gae.train"])
+
+    def run(settings, shards, folder, change=int):
+        folder.mkdir(exist_ok=True)
+        port, values = free_port(), settings.model_dump()
+        ranks = range(settings.train.devices)
+        processes = [context.Process(target=run_together, args=(values, shards, folder, rank, port, change)) for rank in ranks]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        return [process.exitcode for process in processes]
+
+    return run
+
+
 def saves(folder):
     """Which checkpoint there is."""
     try:
@@ -837,6 +910,39 @@ def test_killed_processes_end_where_an_unbroken_one_ends(shards, tmp_path, proce
     assert final.exitcode == 0
     assert outcome(killed) == outcome(tmp_path / "unbroken")
     assert not (killed / "checkpoints").exists() and not list(killed.rglob(".*"))
+
+
+def test_two_processes_contrast_as_one_where_each_frame_of_an_excerpt_has_a_group(shards, tmp_path, quiet, together):
+    changes = {"contrast_frames": 4, "steps": 40, "averaging": 0.0}
+    learn(recipe(**changes), shards, tmp_path / "one")
+    assert together(few_drawings(recipe(**changes, devices=2)), shards, tmp_path / "two") == [0, 0]
+    one, two = (load_model(tmp_path / name / "gae.safetensors").weights for name in ("one", "two"))
+    for name, weights in one.items():
+        assert np.abs(weights - two[name]).max() < 1e-5, name
+
+
+def test_three_processes_go_on_where_they_were_and_end_as_unbroken(shards, tmp_path, together):
+    """Of three numbers the sum depends on their order."""
+    settings = few_drawings(recipe(steps=60, batch=6, devices=3))
+    assert together(settings, shards, tmp_path / "stopped", until(40)) == [9, 9, 9] and saves(tmp_path / "stopped")
+    for folder in ("stopped", "unbroken"):
+        assert together(settings, shards, tmp_path / folder) == [0, 0, 0]
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "unbroken")
+
+
+def test_what_all_processes_come_upon_the_first_tells(shards, tmp_path, together):
+    assert together(few_drawings(recipe(devices=2, block=900)), shards, tmp_path) == [1, 0]
+    assert said(tmp_path).keys() == {0} and said(tmp_path)[0].startswith("no track of the training list has")
+    assert together(few_drawings(recipe(devices=2)), shards, tmp_path, spoilt) == [1, 0]
+    assert said(tmp_path).keys() == {0} and said(tmp_path)[0].startswith("the loss became NaN or infinite between steps 25 and 50; weights")
+    assert load_model(tmp_path / "gae.safetensors").facts["step"] == 25
+
+
+def test_a_process_whose_peer_has_ended_says_so_in_one_line(shards, tmp_path, together):
+    """As where a disk is full, or memory."""
+    assert together(few_drawings(recipe(devices=2)), shards, tmp_path, full) == [1, 1]
+    assert said(tmp_path)[0].endswith("No space left on device; make room or check the permissions, then run it again")
+    assert said(tmp_path)[1] == "another process of this training has ended; see what it says, and run it again to go on"
 
 
 def test_a_second_run_beside_the_first_is_refused(shards, tmp_path, processes):
