@@ -196,7 +196,7 @@ class Run:
 
         self.step, self.good_step, self.history, self.seconds = 0, 0, [], 0.0
         self.best_score, self.best_error, self.best_step, self.fruitless = -1.0, 0.0, 0, 0
-        self._window, self._settled = [], fabric.world_size == 1
+        self._window, self._in_order = [], fabric.world_size == 1
         code = code_digest(["batches", "cqt", "measures", "model", "muon", "train"], ["numpy", "torch"])
         frames = sorted({track.code for track in shards.tracks.values()})
         recipe = [params.model.model_dump(), params.model.lags, recipe_of(params.train), self.data, frames, code]
@@ -221,10 +221,10 @@ class Run:
         train = self.params.train
         for group in [group for optimiser in self.optimisers for group in optimiser.param_groups]:
             group["lr"] = group["initial_lr"] * schedule(self.step, train)
-        if not self._settled:  # DDP orders gradients anew after its first, and so do their sums; here and where training goes on
+        if not self._in_order:  # DDP puts gradients, and so their sums, in another order after its first
             self._differentiate(batch)
             self._forget_gradients()
-            self._settled = True
+            self._in_order = True
         terms = self._differentiate(batch)
         for optimiser in self.optimisers:
             optimiser.step()
