@@ -50,7 +50,7 @@ def replacing(path, durable=True):
 def sweep(folder):
     """Remove what a killed process left half-written by `replacing` anywhere below `folder`."""
     for partial in Path(folder).rglob(f".*{_PARTIAL}"):
-        if re.fullmatch(rf"\..+\.\d+{re.escape(_PARTIAL)}", partial.name):
+        if re.fullmatch(rf"\..+\.\d+{re.escape(_PARTIAL)}", partial.name) and not partial.is_dir():
             partial.unlink(missing_ok=True)
 
 

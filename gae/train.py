@@ -129,7 +129,8 @@ def _peers(fabric):
     except RuntimeError as error:
         if fabric.world_size == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise
-        raise TrainingError("another process of this training has ended; see what it says, and run it again to go on") from None
+        said = f"another process of this training has ended or does not answer ({reason(error)[:200]})"
+        raise TrainingError(f"{said}; see what it says, and run it again to go on") from None
 
 
 def launch(train):

@@ -222,7 +222,7 @@ def damaged(draw, seeds):
 
 HUGE, DEEP = "@huge", "@deep"  # stand for what json.dumps won't write
 HOSTILE = [
-    *[None, True, -1, 0, 1, 3, 0.5, 1 << 31, 1 << 63, 1 << 64, 1e308, float("nan"), float("inf"), HUGE, DEEP],
+    *[None, True, -1, 0, 1, 3, 0.5, 1 << 31, 1 << 63, 1 << 64, 10**400, 1e308, float("nan"), float("inf"), HUGE, DEEP],
     *[
         "",
         ".",
@@ -570,7 +570,9 @@ def _hdf5(draw, write):
     def hostile(file):
         write(file)
         for kind, value, shape, random in changes:
-            with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError, KeyError, AttributeError):  # HDF5 can't say that
+            with contextlib.suppress(
+                TypeError, ValueError, OSError, RuntimeError, KeyError, AttributeError, OverflowError
+            ):  # HDF5 can't say that
                 _change(file, kind, value, shape, random)
 
     return _in_memory(hostile, draw(st.sampled_from([("v110", "v110"), ("earliest", "v110")])))

@@ -315,7 +315,8 @@ def test_what_is_there_is_kept_and_what_is_stale_goes(rendered, few_pieces, tmp_
     assert (folder / "1.flac").stat().st_mtime_ns == before
     corpus.render_piece(tune, "train", None, folder, SMALL.model_copy(update={"seed": 2}))
     assert (folder / "1.flac").stat().st_mtime_ns > before
-    (tmp_path / "train" / ".piece.partial").mkdir()
+    for name in ("piece", "bach-bwv1.6"):
+        (tmp_path / "train" / f".{name}.partial").mkdir()
     (tmp_path / ".corpus.json.123.partial").touch()
     corpus._keep_only(tmp_path, [{"split": "train", "id": "piece"}])
     assert [path.name for path in tmp_path.rglob("*") if path.is_dir() or path.suffix == ".partial"] == ["train", "piece"]

@@ -272,6 +272,8 @@ def altered(value, path):
         ("beats", "score", [0.5, 1.0]),
         ("beats", "performance", ...),
         ("beats", "performance", ["a"]),
+        ("beats", "performance", ["0.5"]),
+        ("beats", "performance", [10**400]),
         ("beats", "performance", [None]),
     ],
 )

@@ -120,7 +120,16 @@ def test_pictures_need_the_models_frames(run, in_this_process):
         draw(Params(plot=PLOT), *run)
 
 
-@pytest.mark.parametrize("damage", [lambda text: "", lambda text: text[:300], lambda text: "{}", lambda text: text.replace("3", "null")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[:300],
+        lambda text: "{}",
+        lambda text: text.replace("3", "null"),
+        lambda text: text.replace("500.0", "9" * 400),
+    ],
+)
 def test_damaged_figures_are_named_before_anything_is_drawn(run, in_this_process, damage):
     run[4].write_text(damage(run[4].read_text()))
     with pytest.raises(FormatError, match=r"metrics\.json: missing or damaged; run `dvc repro evaluate`"):
