@@ -829,15 +829,14 @@ def said(folder):
     return {int(file.name.split("-")[-1]): file.read_text() for file in folder.glob("said-by-*")}
 
 
-class until:
-    """Ends a process before a step."""
+def unchanged():
+    """As it is."""
 
-    def __init__(self, step):
-        self.step = step
 
-    def __call__(self):
-        update = Run.update
-        Run.update = lambda run, batch: os._exit(9) if run.step == self.step else update(run, batch)
+def ended_at_40():
+    """Before step 40 the process ends."""
+    update = Run.update
+    Run.update = lambda run, batch: os._exit(9) if run.step == 40 else update(run, batch)
 
 
 def spoilt():
@@ -868,7 +867,7 @@ def together():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gae.train"])
 
-    def run(settings, shards, folder, change=int):
+    def run(settings, shards, folder, change=unchanged):
         folder.mkdir(exist_ok=True)
         port, values = free_port(), settings.model_dump()
         ranks = range(settings.train.devices)
@@ -926,7 +925,7 @@ def test_two_processes_contrast_as_one_where_each_frame_of_an_excerpt_has_a_grou
 def test_three_processes_go_on_where_they_were_and_end_as_unbroken(shards, tmp_path, together):
     """Of three numbers the sum depends on their order."""
     settings = few_drawings(recipe(steps=60, batch=6, devices=3))
-    assert together(settings, shards, tmp_path / "stopped", until(40)) == [9, 9, 9] and saves(tmp_path / "stopped")
+    assert together(settings, shards, tmp_path / "stopped", ended_at_40) == [9, 9, 9] and saves(tmp_path / "stopped")
     for folder in ("stopped", "unbroken"):
         assert together(settings, shards, tmp_path / folder) == [0, 0, 0]
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "unbroken")
