@@ -401,10 +401,13 @@ def _explain(error):
         return f"{key}: unknown key; allowed: {', '.join(_siblings(error['loc']))}"
     if kind == "value_error":
         return str(error["ctx"]["error"])  # checks over several keys name theirs
-    if len(error["loc"]) == 1:
-        return f"{key}: got {_SHORT.repr(given)}, allowed: a section with the keys {', '.join(_siblings([key, '']))}"
-    field = Params.model_fields[error["loc"][0]].annotation.model_fields[error["loc"][1]]
-    return f"{key}: got {_SHORT.repr(given)}, allowed: {_allowed(field)} (default {field.default})"
+    section, *names = error["loc"]
+    fields = Params.model_fields[section].annotation.model_fields
+    if names:
+        allowed = f"{_allowed(fields[names[0]])} (default {fields[names[0]].default})"
+    else:
+        allowed = f"a section with the keys {', '.join(fields)}"
+    return f"{key}: got {_SHORT.repr(given)}, allowed: {allowed}"
 
 
 def _siblings(loc):

@@ -798,13 +798,19 @@ def run_in_process(settings, shards, folder):
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Starts a training of its own; PyTorch is imported once for all."""
+def forkserver():
+    """Where processes come from for which PyTorch is imported once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gae.train"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def processes(forkserver):
+    """Starts a training of its own."""
 
     def start(settings, shards, folder):
-        process = context.Process(target=run_in_process, args=(settings.model_dump(), shards, folder))
+        process = forkserver.Process(target=run_in_process, args=(settings.model_dump(), shards, folder))
         process.start()
         return process
 
@@ -862,16 +868,14 @@ def full():
 
 
 @pytest.fixture(scope="module")
-def together():
+def together(forkserver):
     """Runs all processes of a training; their exit codes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gae.train"])
 
     def run(settings, shards, folder, change=unchanged):
         folder.mkdir(exist_ok=True)
         port, values = free_port(), settings.model_dump()
         ranks = range(settings.train.devices)
-        processes = [context.Process(target=run_together, args=(values, shards, folder, rank, port, change)) for rank in ranks]
+        processes = [forkserver.Process(target=run_together, args=(values, shards, folder, rank, port, change)) for rank in ranks]
         for process in processes:
             process.start()
         for process in processes:
