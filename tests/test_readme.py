@@ -1,0 +1,42 @@
+"""The README's Python, run as it stands."""
+
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+
+import gae
+
+README = Path(__file__).parents[1] / "README.md"
+RATE = 22050
+
+
+def test_the_examples_run_and_find_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pitches = np.random.default_rng(1).integers(0, 24, 32)
+    samples = np.concatenate([tiny.tone(0.25, RATE, 220 * 2 ** (pitch / 12)) for pitch in pitches])
+    soundfile.write("song.flac", samples, RATE)
+    gae.extract(samples, RATE).save("score.h5")
+    gae.extract(samples[RATE // 2 :], RATE).save("performance.h5")  # begins half a second later
+
+    basics, aligning, finding, chain = re.findall(r"```python\n(.+?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    run(basics, names)
+    assert names["features"].values.shape[1] == 64
+    assert run(aligning, names) == pytest.approx([0.5, 2.0], abs=0.05)
+    assert run(finding, names) == pytest.approx(names["query"].times[50] - 0.5, abs=0.03)
+    run(chain, names)
+    assert names["values"].shape == names["features"].values.shape
+
+
+def run(source, names):
+    """Execute Python; the value of its last line, where that is an expression."""
+    *statements, last = ast.parse(source).body
+    exec(compile(ast.Module(statements, []), "README.md", "exec"), names)
+    if not isinstance(last, ast.Expr):
+        return exec(compile(ast.Module([last], []), "README.md", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "README.md", "eval"), names)
