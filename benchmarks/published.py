@@ -1,7 +1,7 @@
 """The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
 
     python benchmarks/published.py [--weights FILE_OR_NAME ...] [--transposed BINS ...] [--soundfont FILE.sf2] [--jkupdd FOLDER]
-                                   [--performances FOLDER] [--corpus data/corpus]
+                                   [--performances FOLDER] [--cents CENTS] [--corpus data/corpus]
 
 piano       the JKU Patterns Development Database (T. Collins, 2013: its .mid and -poly.csv files in one folder, by default
             ../shared/data/jkupdd) played with a SoundFont of your choice (Debian's fluid-soundfont-gm has one), human-like in
@@ -169,8 +169,8 @@ def corpus_performances(corpus):
     ]
 
 
-def recording_pairs(source, folder, count=24):
-    """Excerpts of recordings and the same shifted by Rubber Band: a list of (piece, original, transposed, semitones)."""
+def recording_pairs(source, folder, cents=0, count=24):
+    """Excerpts of recordings, and the same shifted by Rubber Band, `cents` off: a list of (piece, original, transposed, semitones)."""
     files = sorted(path for path in Path(source).rglob("*") if path.suffix in {".ogg", ".opus", ".flac", ".mp3", ".wav"})
     files = [path for path in files if path.stat().st_size > 500_000]
     pairs = []
@@ -180,7 +180,7 @@ def recording_pairs(source, folder, count=24):
         middle = max(0, len(samples) // 2 - 30 * 44100)
         original, shifted = (folder / f"{Path(source).parts[-2]}-{number}{kind}.wav" for kind in ("", "-shifted"))
         soundfile.write(original, samples[middle : middle + 60 * 44100], 44100)
-        subprocess.run(["rubberband", "-q", "-p", str(k), original, shifted], check=True, capture_output=True)
+        subprocess.run(["rubberband", "-q", "-p", str(k + cents / 100), original, shifted], check=True, capture_output=True)
         pairs.append((number, original, shifted, k))
     return pairs
 
@@ -260,6 +260,7 @@ if __name__ == "__main__":
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     parser.add_argument("--jkupdd", type=Path, default=SHARED / "jkupdd")
     parser.add_argument("--performances", type=Path, help="a folder with MAESTRO's Maestro_*.mid")
+    parser.add_argument("--cents", type=float, default=0, help="shift recordings by so much more than whole semitones")
     parser.add_argument("--corpus", default="data/corpus")
     given = parser.parse_args()
     models = {file: gae.load_model(file) for file in given.weights}
@@ -282,7 +283,7 @@ if __name__ == "__main__":
             sets["performed"] = performed_pairs(given.performances, given.soundfont, Path(folder))
         for name, music in RECORDINGS.items():
             if Path(music).exists() and shutil.which("rubberband"):
-                sets[name] = recording_pairs(music, Path(folder))
+                sets[name] = recording_pairs(music, Path(folder), given.cents)
         if Path(given.corpus, "corpus.json").exists():
             sets["corpus"] = corpus_pairs(given.corpus)
             performances["corpus"] = corpus_performances(given.corpus)
