@@ -43,13 +43,14 @@ from tqdm import tqdm
 
 import gae
 from gae import audio
-from gae.corpus import COMPASS, NOTE, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
 from gae.cqt import frames, transpose
 from gae.evaluate import TOLERANCES, copy_error, delayed, heldout_file, heldout_pieces, reconstruction_error
-from gae.features import extract_frames
+from gae.mapping import extract_frames
 from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, stack
 from gae.modelfile import SHIPPED
-from gae.weights import from_arrays
+from gae.original import from_arrays
+from gae.scores import NOTE
+from gae.synthesis import COMPASS, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 RECORDINGS = {
@@ -204,7 +205,7 @@ def features_at(model, path, _):
 
 def shifted_back(model, path, k):
     """Frames of an audio file, moved down by k semitones: (n_frames, n_bins)."""
-    return transpose(frames_of(path, model.cqt), -round(k * model.cqt.bins_per_octave / 12))
+    return transpose(frames_of(path, model.cqt), -model.cqt.bins(k))
 
 
 def shifted_back_in_context(model, path, k):

@@ -20,7 +20,7 @@ import psutil
 from published import SHARED, alignment, corpus_pairs, corpus_performances, features_at, invariance
 
 import gae
-from gae.weights import from_arrays
+from gae.original import from_arrays
 
 
 def train(steps, shards, folder):

@@ -164,23 +164,25 @@ def _open(path):
             raise AudioError(f"{path}: cannot be opened; check the path and its permissions") from None
         what = "empty; copy it again" if _is_empty(path) else "not audio that can be read; convert it to wav or flac"
         raise AudioError(f"{path}: {what}") from None
-    if not (_RATES[0] <= file.samplerate <= _RATES[1] and 1 <= file.channels <= _CHANNELS):
+    if problem := _problem(file, path):
         file.close()
-        raise AudioError(
-            f"{path}: claims {file.samplerate} Hz and {file.channels} channels; allowed: "
-            f"{_RATES[0]} to {_RATES[1]} Hz, up to {_CHANNELS} channels"
-        )
+        raise AudioError(f"{path}: {problem}")
+    return _numbered(file, path) if file.format == "MP3" else file
+
+
+def _problem(file, path):
+    """Why an audio file that libsndfile opens can't be used all the same, if so."""
+    if not (_RATES[0] <= file.samplerate <= _RATES[1] and 1 <= file.channels <= _CHANNELS):
+        allowed = f"{_RATES[0]} to {_RATES[1]} Hz, up to {_CHANNELS} channels"
+        return f"claims {file.samplerate} Hz and {file.channels} channels; allowed: {allowed}"
     for claimed, there in _SHORTENED.findall(file.extra_info):
         if int(there) < int(claimed) and all(abs(int(claimed) - unknown) > 1 << 16 for unknown in _STREAMED):
-            file.close()
-            raise AudioError(f"{path}: truncated, {there} of {claimed} bytes are there; copy it again")
+            return f"truncated, {there} of {claimed} bytes are there; copy it again"
     if file.format == "OGG" and not _has_last_page(path):
-        file.close()
-        raise AudioError(f"{path}: truncated, its last page is missing; copy or encode it again")
+        return "truncated, its last page is missing; copy or encode it again"
     if file.format == "OGG" and "Junk after the last page" in file.extra_info:  # libsndfile reads the first and stops
-        file.close()
-        raise AudioError(f"{path}: several recordings one after the other, as web radio is saved; split it, or encode it again as one")
-    return _numbered(file, path) if file.format == "MP3" else file
+        return "several recordings one after the other, as web radio is saved; split it, or encode it again as one"
+    return None
 
 
 def _numbered(file, path):

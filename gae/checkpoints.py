@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors.torch import load_file, save
 
-from gae.commandline import explained, warn
-from gae.errors import GaeError, TrainingError
+from gae.errors import warn
 from gae.files import remove_own, replacing, sweep
+from gae.processes import from_first
 
 _NAMES = r"[0-9a-f]{32}(\.safetensors)?"  # of checkpoints, and of the folders of their drawings
 
@@ -100,32 +99,6 @@ class Checkpoints:
             pass
         warn(f"{self.file}: damaged; training starts again from the first step")
         return None, None
-
-
-@contextmanager
-def told_once(fabric):
-    """Of a `TrainingError` that all processes come upon the first tells. The others end as if well: Lightning would kill it else."""
-    try:
-        yield
-    except TrainingError:
-        if fabric.is_global_zero:
-            raise
-        raise SystemExit(0) from None
-
-
-def from_first(fabric, action):
-    """What `action` gives in the first process, for all of them; where it fails all end, and the first says why in one line."""
-    result = refusal = None
-    if fabric.is_global_zero:
-        try:
-            result = action()
-        except (GaeError, OSError) as error:
-            refusal = explained(error)
-    result, refusal = fabric.broadcast((result, refusal))
-    if refusal:
-        with told_once(fabric):
-            raise TrainingError(refusal)
-    return result
 
 
 def _restore(optimiser, tensors):

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import gae
-from gae.commandline import explained, one_line_errors
+from gae.commandline import one_line_errors
 from gae.convert import convert_file, feature_names
-from gae.errors import FormatError, GaeError
+from gae.errors import FormatError, GaeError, explained
 from gae.features import SUFFIXES, audio_of, check_suffix
 from gae.files import content_hash
 from gae.modelfile import SHIPPED
+from gae.original import import_weights
 from gae.storage import is_url
-from gae.weights import import_weights
 
 
 def main(arguments=None):

@@ -1,7 +1,6 @@
 """What the command lines share: parameters, paths, and errors that end in one line."""
 
 import argparse
-import errno
 import signal
 import sys
 from contextlib import contextmanager
@@ -9,16 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from gae import params
-from gae.errors import GaeError, one_line, reason
-
-_REMEDIES = {
-    errno.ENOENT: "check the path",
-    errno.EISDIR: "name a file",
-    errno.ENAMETOOLONG: "shorten it",
-    errno.EEXIST: "remove it or name another",
-    errno.ENOTDIR: "name a folder",
-    errno.EAGAIN: "let the program end that has it open, then run this again",
-}
+from gae.errors import GaeError, explained
 
 
 @contextmanager
@@ -66,21 +56,3 @@ def one_line_errors(program, interrupted="run it again to go on"):
         sys.exit(f"{program}: error: {explained(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; {interrupted}")
-
-
-def explained(error):
-    """What went wrong and what to do about it, in one line."""
-    match error:
-        case MemoryError():
-            said = one_line(reason(error)) or "no more to be had"
-            return f"out of memory: {said}; use fewer workers, smaller sizes or shorter recordings"
-        case OSError():
-            where = f"{error.filename}: " if error.filename else ""
-            remedy = _REMEDIES.get(error.errno, "make room or check the permissions, then run it again")
-            return f"{one_line(where + reason(error.strerror or error))}; {remedy}"
-    return str(error)
-
-
-def warn(message):
-    """Print a warning of one line on standard error."""
-    print(f"warning: {one_line(message)}", file=sys.stderr)

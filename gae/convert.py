@@ -14,9 +14,10 @@ from gae import audio, storage
 from gae.compute import beside_files, map_tracks
 from gae.cqt import analyse, frame_times, single
 from gae.errors import AudioError, FormatError, ParamsError, one_line
-from gae.features import Features, Origin, check_suffix, extract_blocks, validate, write
+from gae.features import Features, Origin, check_suffix, validate, write
 from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
 from gae.index import read_index
+from gae.mapping import extract_blocks
 from gae.modelfile import Model, load_model
 from gae.shards import Shards, read_blocks
 
@@ -142,7 +143,7 @@ def convert_list(shards, index_file, weights, out, params):
         _same_cqt(model.cqt, folder.cqt, weights, shards)
         listed = {file["path"]: file for line in index["convert"] for file in line}
         frames = {path: folder.tracks[file["key"]] for path, file in listed.items() if file["key"] in folder.tracks}
-    names, code = feature_names(frames), code_digest(["features"], ["numpy"])
+    names, code = feature_names(frames), code_digest(["mapping"], ["numpy"])
     jobs = [
         {
             "source": path, "sha256": listed[path]["sha256"], "file": f"{names[path]}.h5",

@@ -115,29 +115,26 @@ def magnitude_blocks(sample_blocks, cqt):
     ndarray of float32, shape (n, cqt.n_bins)
         Successive magnitudes, 1 + n_samples // hop_length in all.
     """
-    margin = _margin(cqt) * cqt.hop_length
-    piece = _PIECE * cqt.hop_length
-    held, count, start, first = [], 0, 0, 0  # `count` samples are held, from sample `start` on; `first` is the next frame
+    hop, margin = cqt.hop_length, _margin(cqt) * cqt.hop_length
+
+    def span(first):
+        """Where the samples begin and end that the piece from frame `first` on needs."""
+        return max(0, first * hop - margin), (first + _PIECE) * hop + margin
+
+    held, start, end, first = [], 0, 0, 0  # samples `start` to `end` are held; `first` is the next frame
     for block in sample_blocks:
         held.append(block)
-        count += len(block)
-        if start + count < first * cqt.hop_length + piece + margin:
-            continue
-        samples = np.concatenate(held)
-        while start + len(samples) >= first * cqt.hop_length + piece + margin:
-            yield _transform(samples[: first * cqt.hop_length - start + piece + margin], start, first, _PIECE, cqt)
+        end += len(block)
+        while end >= span(first)[1]:
+            samples = held[0] if len(held) == 1 else np.concatenate(held)
+            yield _transform(samples[: span(first)[1] - start], start, first, _PIECE, cqt)
             first += _PIECE
-            keep = max(0, first * cqt.hop_length - margin)
-            samples, start = samples[keep - start :], keep
-        held, count = [samples], len(samples)
-    rest = 1 + (start + count) // cqt.hop_length - first
-    if start + count > 0 and rest > 0:
-        samples = np.concatenate(held)
-        # what is left may be up to a margin longer than one piece
-        for offset in range(0, rest, _PIECE):
-            keep = max(0, (first + offset) * cqt.hop_length - margin)
-            end = (first + offset) * cqt.hop_length + piece + margin
-            yield _transform(samples[keep - start : end - start], keep, first + offset, min(_PIECE, rest - offset), cqt)
+            held, start = [samples[span(first)[0] - start :]], span(first)[0]
+    n_frames = 1 + end // hop if end else 0
+    samples = np.concatenate(held) if first < n_frames else None
+    for frame in range(first, n_frames, _PIECE):  # what is left may be up to a margin longer than one piece
+        begin, until = span(frame)
+        yield _transform(samples[begin - start : until - start], begin, frame, min(_PIECE, n_frames - frame), cqt)
 
 
 def compress(magnitudes, peak, cqt):

@@ -1,8 +1,18 @@
-"""What can go wrong through no fault of the program: one line that names the culprit and the remedy."""
+"""What can go wrong through no fault of the program, and how it is said: one line that names the culprit and the remedy."""
 
+import errno
+import sys
 import tempfile
 
 _LONGEST = 2000  # characters of a message
+_REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "shorten it",
+    errno.EEXIST: "remove it or name another",
+    errno.ENOTDIR: "name a folder",
+    errno.EAGAIN: "let the program end that has it open, then run this again",
+}
 
 
 class GaeError(Exception):
@@ -50,3 +60,21 @@ def one_line(message):
     """A message as one line of bounded length that any terminal shows: names and damaged files may hold anything."""
     shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in message)
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
+
+
+def explained(error):
+    """What went wrong and what to do about it, in one line."""
+    match error:
+        case MemoryError():
+            said = one_line(reason(error)) or "no more to be had"
+            return f"out of memory: {said}; use fewer workers, smaller sizes or shorter recordings"
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            remedy = _REMEDIES.get(error.errno, "make room or check the permissions, then run it again")
+            return f"{one_line(where + reason(error.strerror or error))}; {remedy}"
+    return str(error)
+
+
+def warn(message):
+    """Print a warning of one line on standard error."""
+    print(f"warning: {one_line(message)}", file=sys.stderr)

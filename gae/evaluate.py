@@ -5,6 +5,7 @@ another sound with a timing of its own.
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -17,21 +18,42 @@ from gae.compute import beside_files, map_tracks
 from gae.convert import convert_file
 from gae.cqt import compress, magnitude_blocks, silence, standardise, transpose
 from gae.errors import FormatError, ParamsError
-from gae.features import extract_frames, with_past
 from gae.files import read_json, replacing, write_json
+from gae.mapping import extract_frames, with_past
 from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, stack
 from gae.modelfile import load_model
 
-LABELS = {
-    "gae": "gated autoencoder",
-    "cqt_context": "CQT shifted back by k, context",
-    "cqt_shifted_back": "CQT shifted back by k",
-    "cqt": "CQT",
-    "chroma_context": "chroma, best of 12, context",
-    "chroma_best_shift": "chroma, best of 12 shifts",
-    "chroma": "chroma",
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of feature.
+
+    Attributes
+    ----------
+    label : str
+    rows : str
+        Of which of the rows of `_represent` it is made.
+    context : bool
+        Each row beside those before it that our features see.
+    rotated : bool
+        In all 12 keys, of which the best counts.
+    """
+
+    label: str
+    rows: str
+    context: bool = False
+    rotated: bool = False
+
+
+KINDS = {
+    "gae": Kind("gated autoencoder", "gae"),
+    "cqt_context": Kind("CQT shifted back by k, context", "cqt_shifted_back", context=True),
+    "cqt_shifted_back": Kind("CQT shifted back by k", "cqt_shifted_back"),
+    "cqt": Kind("CQT", "cqt"),
+    "chroma_context": Kind("chroma, best of 12, context", "chroma", context=True, rotated=True),
+    "chroma_best_shift": Kind("chroma, best of 12 shifts", "chroma", rotated=True),
+    "chroma": Kind("chroma", "chroma"),
 }
-_CONTEXT = {"cqt_context": "cqt_shifted_back", "chroma_context": "chroma_best_shift"}  # whose rows stand beside all that our features see
 TOLERANCES = {"50ms": 0.05, "100ms": 0.1, "250ms": 0.25}
 _EXCERPT = 512  # frames rebuilt with one transposition
 
@@ -168,16 +190,15 @@ def judge(item, corpus, model, settings, shift):
     )
     rng = np.random.default_rng([settings.seed, number])
     starts = _draw(min(len(original["cqt"]), len(transposed["cqt"])), settings, rng, piece)
-    lags = {kind: [*model.sizes.lags, 0] if kind in _CONTEXT else [0] for kind in LABELS}
+    lags = {name: [*model.sizes.lags, 0] if kind.context else [0] for name, kind in KINDS.items()}
     return {
         "samples": {
-            kind: [_sample(_values(take, kind), lags[kind], starts, settings) for take in (original, transposed)] for kind in LABELS
+            name: [_sample(take[kind.rows], lags[name], starts, settings) for take in (original, transposed)]
+            for name, kind in KINDS.items()
         },
         "alignment": {
-            (kind, key): _beats_found(
-                kind, lags[kind], _values(score, kind), _values(performance, kind), piece["beats"], model.cqt, settings
-            )
-            for kind in LABELS
+            (name, key): _beats_found(kind, lags[name], score, performance, piece["beats"], model.cqt, settings)
+            for name, kind in KINDS.items()
             for key, score in (("transposed", transposed), ("untransposed", original))
             if piece["beats"]["score"]
         },
@@ -230,7 +251,7 @@ def copy_error(frames):
 def comparison(figures):
     """What `dvc metrics` shows of the figures that `evaluate` writes: a row for each kind of feature, in percent, and speed."""
     rows = {}
-    for kind in LABELS:
+    for kind in KINDS:
         found, aligned = figures["invariance"][kind], figures["alignment"][kind]
         rows[kind] = {"top1": found["top1"], "top1_stacked": found["top1_stacked"]}
         rows[kind] |= {f"beats_{span}": aligned["transposed"][span] for span in TOLERANCES}
@@ -247,11 +268,11 @@ def table(figures):
         _line(f"{figures['pieces']} held-out pieces", ["nearest of all", "", "beats, transposed", "", "", "beats, as written"]),
         _line("percent ± standard error", ["1 frame", "stacked", *spans, *spans]),
     ]
-    for kind, label in LABELS.items():
+    for kind, described in KINDS.items():
         aligned = figures["alignment"][kind]
         columns = [(figures["invariance"][kind], name) for name in ("top1", "top1_stacked")]
         columns += [(aligned[key], name) for key in ("transposed", "untransposed") for name in TOLERANCES]
-        lines.append(_line(label, [f"{group[name]:5.1f} ± {group[name + '_se']:.1f}" for group, name in columns]))
+        lines.append(_line(described.label, [f"{group[name]:5.1f} ± {group[name + '_se']:.1f}" for group, name in columns]))
     rebuilt, speed = figures["reconstruction"], figures["speed"]
     error, copied = (f"{rebuilt[name]:.1f} ± {rebuilt[name + '_se']:.1f} %" for name in ("relative_error", "of_a_copy"))
     lines.append(f"\nreconstruction: error {error} of the signal's power; the frame before in its place: {copied}")
@@ -277,19 +298,18 @@ def delayed(values, lags):
 
 
 def _represent(path, model, k):
-    """A recording that was transposed by k semitones, as each kind of feature: (n_frames, d) each."""
+    """A recording that was transposed by k semitones, as the rows of which kinds of features are made: (n_frames, d) each."""
     cqt = model.cqt
     magnitudes = np.concatenate(list(magnitude_blocks(audio.blocks(path, cqt.sample_rate), cqt)))
     compressed = compress(silence(magnitudes, magnitudes.max()), magnitudes.max(), cqt)
-    frames, folded = standardise(compressed), chroma(compressed, cqt)
+    frames = standardise(compressed)
     # standardised first: what comes in from beyond the range is then unknown, not silent, and more is found
-    shifted_back = transpose(frames, -round(k * cqt.bins_per_octave / 12))
+    shifted_back = transpose(frames, -cqt.bins(k))
     return {
         "gae": extract_frames(frames, model),
         "cqt_shifted_back": shifted_back,
         "cqt": frames,
-        "chroma_best_shift": folded,
-        "chroma": folded,
+        "chroma": chroma(compressed, cqt),
     }
 
 
@@ -299,11 +319,6 @@ def _draw(n_frames, settings, rng, piece):
     if possible < 1:
         raise ParamsError(f"evaluate.stack: got {settings.stack} frames, allowed: up to {n_frames}, the length of {piece['id']}")
     return np.sort(rng.choice(possible, min(settings.frames, possible), replace=False))
-
-
-def _values(take, kind):
-    """The rows of which a kind of feature is made."""
-    return take[_CONTEXT.get(kind, kind)]
 
 
 def _sample(values, lags, starts, settings):
@@ -318,8 +333,8 @@ def _pooled(values, lags, n):
 
 
 def _versions(kind, values):
-    """A feature (..., d) in the versions of which the best counts: for chroma with the best shift all 12 rotations."""
-    if kind not in ("chroma_best_shift", "chroma_context"):
+    """A kind of feature (..., d) in the versions of which the best counts: chroma in all 12 rotations."""
+    if not kind.rotated:
         return values[None]
     classes = values.reshape(*values.shape[:-1], -1, 12)
     return np.stack([np.roll(classes, shift, axis=-1).reshape(values.shape) for shift in range(12)])
@@ -329,7 +344,7 @@ def _beats_found(kind, lags, score, performance, beats, cqt, settings):
     """Share of the performance's beats within each tolerance, when its beats are taken over from the aligned score."""
     n = max(1, round(settings.alignment_hop / cqt.frame_seconds))
     hop, first = n * cqt.frame_seconds, (n - 1) / 2 * cqt.frame_seconds  # spacing of the pooled frames and centre of the first
-    score, performance = (_pooled(values, lags, n) for values in (score, performance))
+    score, performance = (_pooled(take[kind.rows], lags, n) for take in (score, performance))
     alignment = min((align(version, performance) for version in _versions(kind, score)), key=lambda found: found.cost)
     estimated = alignment.times(beats["score"], hop, first)
     return beats_within(estimated, beats["performance"], TOLERANCES.values())
@@ -337,11 +352,11 @@ def _beats_found(kind, lags, score, performance, beats, cqt, settings):
 
 def _invariance(reports, settings):
     """Top-1 for each kind of feature, over the candidates of all pieces together."""
-    figures = {kind: {} for kind in LABELS}
-    for kind in tqdm(LABELS, desc="invariance", unit="feature", leave=False):
+    figures = {kind: {} for kind in KINDS}
+    for kind in tqdm(KINDS, desc="invariance", unit="feature", leave=False):
         for name, n in (("top1", 1), ("top1_stacked", settings.stack)):
             queries, candidates = (np.concatenate([report["samples"][kind][side][:, :n] for report in reports]) for side in (0, 1))
-            versions = _versions(kind, queries)
+            versions = _versions(KINDS[kind], queries)
             found = invariance_top1(versions.reshape(*versions.shape[:2], -1), candidates.reshape(len(candidates), -1))
             ends = np.cumsum([len(report["samples"][kind][0]) for report in reports])
             figures[kind] |= _figure(name, [part.mean() for part in np.split(found, ends[:-1])], settings)
@@ -353,7 +368,7 @@ def _alignment(reports, settings):
         shares = np.array([report["alignment"][kind, key] for report in reports if report["alignment"]])
         return {name: value for n, column in enumerate(TOLERANCES) for name, value in _figure(column, shares[:, n], settings).items()}
 
-    return {kind: {key: figures(kind, key) for key in ("transposed", "untransposed")} for kind in LABELS}
+    return {kind: {key: figures(kind, key) for key in ("transposed", "untransposed")} for kind in KINDS}
 
 
 def _figure(name, values, settings):

@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gae.commandline import warn
-from gae.errors import ListError
+from gae.errors import ListError, warn
 from gae.storage import each, is_url, kind, matching
 
 _LONGEST = 4096  # characters of a path that may exist

@@ -11,9 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from gae import audio, storage
-from gae.commandline import warn
 from gae.compute import by_place, map_tracks
-from gae.errors import AudioError, FormatError, ListError
+from gae.errors import AudioError, FormatError, ListError, warn
 from gae.filelists import read_list
 from gae.files import code_digest, content_hash, read_json, write_json
 

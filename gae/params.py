@@ -85,6 +85,10 @@ class Cqt(Section):
         """Time between frames, in seconds."""
         return self.hop_length / self.sample_rate
 
+    def bins(self, semitones):
+        """An interval in bins, to the nearest."""
+        return round(semitones * self.bins_per_octave / 12)
+
     @property
     def longest_filter(self):
         """Length of the lowest bin's filter, in samples."""

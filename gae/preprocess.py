@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from gae import audio, shards, storage
-from gae.commandline import warn
 from gae.compute import by_place, map_tracks
 from gae.cqt import analyse
-from gae.errors import AudioError, FormatError, ListError, StorageError
+from gae.errors import AudioError, FormatError, ListError, StorageError, warn
 from gae.files import PACKAGES, code_digest, content_hash, digest, remove_own, sweep
 from gae.index import read_index
 

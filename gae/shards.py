@@ -90,11 +90,6 @@ class Shards:
         except (OSError, KeyError) as error:
             raise FormatError(f"{track.file}: damaged ({reason(error)}); {_REMEDY}") from None
 
-    def blocks(self, key, n_frames=_BLOCK):
-        """The frames of a track, `n_frames` at a time."""
-        for start in range(0, self.tracks[key].n_frames, n_frames):
-            yield self.read(key, start, start + n_frames)
-
     def close(self):
         """Close all files."""
         self._opened.close()
@@ -222,11 +217,6 @@ def add_track(shard, key, blocks, n_bins, dtype, **attributes):
     dtype : {"float16", "float32"}
     **attributes
         path (str), duration (s), peak, and code (str), if it is kept.
-
-    Returns
-    -------
-    int
-        Number of frames written.
     """
     group = shard.create_group(key)
     dataset = group.create_dataset("cqt", (0, n_bins), dtype, maxshape=(None, n_bins), chunks=(_CHUNK, n_bins))
@@ -234,7 +224,6 @@ def add_track(shard, key, blocks, n_bins, dtype, **attributes):
         dataset.resize(len(dataset) + len(block), axis=0)
         dataset[len(dataset) - len(block) :] = block.astype(dtype, copy=False)  # numpy rounds far faster than HDF5
     group.attrs.update(attributes, n_frames=len(dataset))
-    return len(dataset)
 
 
 def write_folder(folder, lines, sources, cqt, shard_bytes):

@@ -5,41 +5,32 @@ the step alone (`gae.batches`), so weights, optimiser state and the number of th
 """
 
 import copy
-import logging
 import math
-import shutil
 import time
 import warnings
-from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 
 import numpy as np
 import torch
-from dvclive import Live
-from lightning_fabric import Fabric
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from tqdm import tqdm
 
-from gae import plot
 from gae.batches import Excerpts, long_enough, n_frames_before
-from gae.checkpoints import Checkpoints, from_first, told_once
-from gae.commandline import warn
-from gae.compute import give_back_memory, keep_memory
+from gae.checkpoints import Checkpoints
+from gae.compute import give_back_memory
 from gae.cqt import transpose
-from gae.errors import TrainingError, reason
-from gae.files import code_digest, digest, read_json, remove_own, replacing, sweep, write_json
-from gae.locks import alone
+from gae.errors import TrainingError, reason, warn
+from gae.files import code_digest, digest, read_json, write_json
 from gae.measures import invariance_top1, mean_and_error
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.muon import Muon
+from gae.processes import alone_with, gatherer, launch, peers, settled, told_once
 from gae.shards import Shards
+from gae.view import View
 
 PAUSE_STEPS = 25  # steps between two looks at the loss; all else happens at some of these pauses
 VALIDATION_STEPS = 500
-PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true"}  # as Fabric calls them
 _VALIDATION_FRAMES = 1200
-_DRAWINGS = r"(\w+-\d{7}|loss)\.png"  # names of drawings of the network and of the losses
+_KEPT = ("step", "good_step", "history", "best_score", "best_error", "best_step", "fruitless")  # in a checkpoint, beside weights
 _SOUNDING = 0.05  # share of the frames that sound, below which a batch is weighed as if as many did
 _RUNTIME = {"accelerator", "devices", "nodes"}  # parameters that leave the result as it is
 
@@ -69,11 +60,11 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
     """
     params = params.model_copy(update={"train": settled(params.train)})
     fabric = launch(params.train)
-    with Shards(shards_folder) as shards, _alone(fabric, checkpoints):
+    with Shards(shards_folder) as shards, alone_with(fabric, checkpoints):
         with told_once(fabric):
             run = Run(fabric, params, shards, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
-        with view or nullcontext(), _peers(fabric):
+        with view or nullcontext(), peers(fabric):
             _advance(run, view, model_path)
         if view:
             run.write(model_path, run.best, run.best_step, run.history[-1])
@@ -100,64 +91,6 @@ def _advance(run, view, model_path):
             break
         run.checkpoint()
         give_back_memory()
-
-
-def settled(train):
-    """The parameters with the precision that `auto` is here: bf16 where the processor has products for it, fp32 elsewhere."""
-    if train.precision != "auto":
-        return train
-    if _accelerator(train) == "cuda" and torch.cuda.is_available():
-        quick = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        quick = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
-    return train.model_copy(update={"precision": "bf16" if quick else "fp32"})
-
-
-@contextmanager
-def _alone(fabric, checkpoints):
-    """Only this training uses the checkpoints: its first process locks them, and all end if it can't."""
-    with ExitStack() as held:
-        from_first(fabric, lambda: held.enter_context(alone(checkpoints)))
-        yield
-
-
-@contextmanager
-def _peers(fabric):
-    """One line where another process of this training has ended: PyTorch says at length that it does not answer."""
-    try:
-        yield
-    except RuntimeError as error:
-        if fabric.world_size == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-            raise
-        said = f"another process of this training has ended or does not answer ({reason(error)[:200]})"
-        raise TrainingError(f"{said}; see what it says, and run it again to go on") from None
-
-
-def launch(train):
-    """The `Fabric` that the parameters ask for, its processes started."""
-    keep_memory()
-    torch.set_float32_matmul_precision("high")
-    world = train.devices * train.nodes
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    try:
-        fabric = Fabric(
-            accelerator=_accelerator(train),
-            devices=train.devices,
-            num_nodes=train.nodes,
-            strategy="ddp" if world > 1 else "auto",
-            precision=PRECISIONS[train.precision],
-        )
-    except (RuntimeError, ValueError, MisconfigurationException) as error:
-        raise TrainingError(f"train.accelerator {train.accelerator}, train.devices {train.devices}: {reason(error)}") from None
-    fabric.launch()
-    return fabric
-
-
-def _accelerator(train):
-    """The kind of device that `auto` is here: CUDA where there is any, the processor elsewhere."""
-    if train.accelerator != "auto":
-        return train.accelerator
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Run:
@@ -192,13 +125,13 @@ class Run:
         self.average = copy.deepcopy(self.model).requires_grad_(False).to(fabric.device)
         self.best, self.good = copy.deepcopy(self.average), copy.deepcopy(self.average)
         optimisers = optimisers_of(self.model, params.train)
-        objective = Objective(self.model, params.train, _gatherer(fabric))
+        objective = Objective(self.model, params.train, gatherer(fabric))
         self.objective, *self.optimisers = fabric.setup(_compiled(objective) if params.train.compile else objective, *optimisers)
 
         self.step, self.good_step, self.history, self.seconds = 0, 0, [], 0.0
         self.best_score, self.best_error, self.best_step, self.fruitless = -1.0, 0.0, 0, 0
         self._window, self._in_order = [], fabric.world_size == 1
-        code = code_digest(["batches", "cqt", "measures", "model", "muon", "train"], ["numpy", "torch"])
+        code = code_digest(["batches", "cqt", "measures", "model", "muon", "processes", "train"], ["numpy", "torch"])
         frames = sorted({track.code for track in shards.tracks.values()})
         recipe = [params.model.model_dump(), params.model.lags, recipe_of(params.train), self.data, frames, code]
         modules = {"model": self.model, "average": self.average, "best": self.best, "good": self.good}
@@ -306,10 +239,7 @@ class Run:
         if time.monotonic() - self._checkpointed < self.params.compute.checkpoint_seconds:
             return
         self._checkpointed = time.monotonic()
-        self.store.save(
-            step=self.step, good_step=self.good_step, history=self.history, seconds=self.elapsed(),
-            best_score=self.best_score, best_error=self.best_error, best_step=self.best_step, fruitless=self.fruitless,
-        )  # fmt: skip
+        self.store.save(seconds=self.elapsed(), **{name: getattr(self, name) for name in _KEPT})
 
     def elapsed(self):
         """Seconds of training so far, over all the runs that led here."""
@@ -338,75 +268,6 @@ class Run:
         frames = self.step * train.batch * math.ceil(train.block / train.stride)
         final = {name: round(value, 5) for name, value in self.history[-1].items() if name != "step"}
         return {**final, "step": self.best_step, "steps": self.step, "frames_per_second": round(frames / self.elapsed())}
-
-
-class View:
-    """What a person sees of a run: the bar, DVCLive's curves, drawings of the network and the losses.
-
-    Drawings are kept beside the checkpoint too: `dvc exp run` first puts back the outputs of the last run that ended.
-    """
-
-    def __init__(self, run, curves, drawings):
-        self.kept, self.drawings = run.store.drawings, Path(drawings)
-        sweep(self.drawings)
-        for folder in [self.drawings] if run.step else [self.drawings, self.kept]:
-            remove_own(folder, _DRAWINGS)
-        for folder in (self.drawings, self.kept):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._show_kept()
-        self.live = _Live(str(curves), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
-        for row in run.history:
-            self._log(row)
-        self.shown = run.step
-        self.bar = tqdm(desc="train", unit="step", initial=run.step, total=run.params.train.steps, mininterval=0.5)
-        self.frames = run.shards.read(run.excerpts.lines[0][0].key, 0, 1500)
-
-    def update(self, run):
-        """Show a pause: a point of the curves, the bar, and a drawing when it is due."""
-        row = run.history[-1]
-        self._log(row)
-        self.bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "step"}, refresh=False)
-        due = run.step // run.params.plot.interval > self.shown // run.params.plot.interval
-        self.bar.update(run.step - self.shown)
-        self.shown = run.step
-        if due or run.ended:
-            plot.draw_network(run.average, run.shards.cqt, self.frames, self.kept, run.step)
-            plot.draw_losses(run.history, self.kept / "loss.png")
-            self._show_kept()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        """Finish the bar and the curves."""
-        self.bar.close()
-        self.live.end()
-
-    def _show_kept(self):
-        """Copy what is kept to where it is looked for."""
-        for drawing in self.kept.glob("*.png"):
-            with replacing(self.drawings / drawing.name, durable=False) as partial:
-                shutil.copyfile(drawing, partial)
-
-    def _log(self, row):
-        self.live.step = row["step"]
-        for name, value in row.items():
-            if name != "step":
-                self.live.log_metric(name, value)
-        self.live.sync()
-
-
-class _Live(Live):
-    """DVCLive's curves, with a summary that is whole at any time, in a folder that may hold other things."""
-
-    def _init_cleanup(self):
-        """Remove the curves of an earlier run; DVCLive's own way would take a dvc.yaml or params.yaml along."""
-        sweep(self.dir)
-        remove_own(Path(self.plots_dir) / "metrics", r".+\.tsv")
-
-    def make_summary(self):
-        self.summary["step"] = self.step
-        write_json(self.metrics_file, self.summary, durable=False)
 
 
 class Objective(nn.Module):
@@ -495,7 +356,7 @@ class Validation:
         for line in lines:
             last = min(track.n_frames for track in line) - reach - 1
             semitones = int(rng.choice([k for k in range(-6, 7) if k]))
-            shift = round(semitones * shards.cqt.bins_per_octave / 12) or int(math.copysign(1, semitones))
+            shift = shards.cqt.bins(semitones) or int(math.copysign(1, semitones))
             for start in rng.integers(0, last + 1, math.ceil(_VALIDATION_FRAMES / len(lines))):
                 queries.append(shards.read(line[0].key, start, start + reach + 1))
                 candidates.append(transpose(shards.read(line[-1].key, start, start + reach + 1), shift))
@@ -565,17 +426,3 @@ def recipe_of(train):
 def _compiled(objective):
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # of PyTorch to itself
     return torch.compile(objective)
-
-
-def _gatherer(fabric):
-    if fabric.world_size == 1:
-        return lambda tensor: tensor
-    warnings.filterwarnings("ignore", ".*all_gather is deprecated")  # Fabric's to mend
-
-    def gather(tensor):
-        gathered = fabric.all_gather(tensor, sync_grads=True)
-        if gathered.requires_grad:
-            gathered.register_hook(torch.Tensor.contiguous)  # gloo deals a gradient out as its bytes lie
-        return gathered
-
-    return gather

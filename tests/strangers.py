@@ -32,7 +32,7 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
-from gae import audio, cli, convert, evaluate, features, index, modelfile, params, shards, weights
+from gae import audio, cli, convert, evaluate, features, index, mapping, modelfile, original, params, shards
 from gae.checkpoints import Checkpoints
 from gae.errors import AudioError, FormatError, GaeError
 from gae.filelists import check_list, read_list
@@ -536,7 +536,7 @@ def _shards_index():
 def _read_shards(path):
     with shards.Shards("shards") as folder:
         for key in folder.tracks:
-            assert sum(map(len, folder.blocks(key))) == folder.tracks[key].n_frames
+            assert len(folder.read(key)) == folder.tracks[key].n_frames
             n_frames, blocks = shards.read_blocks(folder.tracks[key].file, key)
             assert sum(map(len, blocks)) == n_frames
         lines = [[(track.key, track.path)] for track in folder.tracks.values()]
@@ -671,11 +671,11 @@ def _lying_safetensors(draw, seed):
 def _read_model(path):
     model = modelfile.load_model(path)
     with np.errstate(over="ignore", invalid="ignore"):
-        assert features.extract_frames(tiny.frames(3, n_bins=model.cqt.n_bins), model).shape == (3, model.sizes.n_maps)
+        assert mapping.extract_frames(tiny.frames(3, n_bins=model.cqt.n_bins), model).shape == (3, model.sizes.n_maps)
 
 
 def _weights_seeds():
-    from test_weights import GREEDY, STAND_IN, attacks, row, zipped
+    from test_original import GREEDY, STAND_IN, attacks, row, zipped
 
     module = types.ModuleType("cgae")
     exec(STAND_IN, vars(module))  # the classes that the original pickles
@@ -693,7 +693,7 @@ def _weights_seeds():
 
 
 def _weights_parts():
-    from test_weights import claimed, op, row, zipped
+    from test_original import claimed, op, row, zipped
 
     names = [
         b"cposix\nsystem\n",
@@ -884,7 +884,7 @@ TARGETS = [
     Target("shards/index.json", "shards/index.json", _read_shards, lambda: [rendered(_shards_index())], altered_json(_shards_index), _furnish_shards),
     Target("features", "stranger.h5", _read_features, lambda: _versions(_features), lambda: _hdf5(_features)),
     Target("model", "stranger.safetensors", _read_model, lambda: [_model(), _greedy_model(34), _greedy_model(15)], lambda: _lying_safetensors(_model)),
-    Target("model.save", "stranger.save", lambda path: weights.read_original(path), cache(_weights_seeds), _weights_parts),
+    Target("model.save", "stranger.save", lambda path: original.read_original(path), cache(_weights_seeds), _weights_parts),
     Target("data/index.json", "index.json", _convert, lambda: [rendered(_index())], altered_json(_index), _furnish_conversion),
     Target("features/index.json", "stranger.json", _convert_again, lambda: [rendered(_features_index())], altered_json(_features_index), _furnish_conversion),
     Target("index memory", "stranger.json", _read_memory, lambda: [rendered(_memory_seed())], altered_json(_memory_seed), _furnish_memory),

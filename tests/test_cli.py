@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import gae
 from gae.cli import main
-from gae.commandline import explained
+from gae.errors import explained
 from gae.features import SUFFIXES
 from gae.model import save_model
 from gae.modelfile import SHIPPED
@@ -201,7 +201,7 @@ import signal, time, tiny, gae.cli, gae.features
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 
 def endless(*arguments):
-    yield gae.features.extract_frames(tiny.frames(40), tiny.model())
+    yield gae.mapping.extract_frames(tiny.frames(40), tiny.model())
     print("writing", flush=True)
     time.sleep(60)
 

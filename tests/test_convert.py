@@ -13,8 +13,9 @@ from gae import audio, convert, modelfile, shards
 from gae.convert import convert_file, convert_list, convert_track, extract, feature_names
 from gae.cqt import frames
 from gae.errors import AudioError, FormatError, ParamsError
-from gae.features import extract_frames, read
+from gae.features import read
 from gae.files import content_hash
+from gae.mapping import extract_frames
 from gae.model import save_model
 from gae.modelfile import SHIPPED
 from gae.params import Params

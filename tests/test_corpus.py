@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from gae import corpus, params
+from gae import corpus, params, scores, synthesis
 from gae.errors import ParamsError
 
 SMALL = params.Corpus(hours=0.02, views=2, view_transposition=6, heldout=2, seed=1)
 COMPUTE = params.Compute(workers=2)
-RATE = corpus.SAMPLE_RATE
+RATE = synthesis.SAMPLE_RATE
 HOP = RATE // 100
 
 
@@ -21,7 +21,7 @@ HOP = RATE // 100
 def few_pieces():
     """Short pieces of several kinds, so that the tests need not play a symphony."""
     kinds = {"chorale": 8, "tune": 4}
-    pieces = corpus.catalogue()
+    pieces = scores.catalogue()
     return [piece for kind, count in kinds.items() for piece in [p for p in pieces if p.kind == kind][:count]]
 
 
@@ -41,7 +41,7 @@ def listen(path):
 
 def score_of(pitches, length=1.0):
     """One part: the pitches one after another, each for `length` quarter notes."""
-    return np.array([(number * length, length, 0, pitch) for number, pitch in enumerate(pitches)], corpus.NOTE)
+    return np.array([(number * length, length, 0, pitch) for number, pitch in enumerate(pitches)], scores.NOTE)
 
 
 def pitch_of(samples, near):
@@ -66,14 +66,14 @@ def pitches_of(samples, performance, near):
     return np.array([pitch_of(samples[start : start + int(0.4 * RATE)], pitch) for start, pitch in zip(starts, near, strict=True)])
 
 
-@pytest.mark.parametrize("family", corpus.FAMILIES)
+@pytest.mark.parametrize("family", synthesis.FAMILIES)
 def test_every_sound_plays_the_notes_that_are_written(family):
-    for program in corpus.FAMILIES[family]:
-        lowest, highest = corpus.COMPASSES.get(program, corpus.COMPASS)
+    for program in synthesis.FAMILIES[family]:
+        lowest, highest = synthesis.COMPASSES.get(program, synthesis.COMPASS)
         written = [pitch for pitch in (45, 52, 57, 62, 69, 71, 76, 84, 90) if lowest <= pitch <= highest]
         notes = score_of(written)
-        played = corpus.perform(notes, 60, corpus.STEADY, np.random.default_rng(0))
-        samples = corpus.synthesise(notes, corpus.Take(played, (program,), 0), played.duration)
+        played = synthesis.perform(notes, 60, synthesis.STEADY, np.random.default_rng(0))
+        samples = synthesis.synthesise(notes, synthesis.Take(played, (program,), 0), played.duration)
         away = pitches_of(samples, played, written) - written
         if family == "organ":  # stops of 16 feet
             away = np.where(away < -6, away + 12, away)
@@ -82,16 +82,16 @@ def test_every_sound_plays_the_notes_that_are_written(family):
 
 def test_a_transposed_take_is_transposed():
     notes = score_of([57, 64, 60, 69])
-    played = corpus.perform(notes, 60, corpus.STEADY, np.random.default_rng(0))
+    played = synthesis.perform(notes, 60, synthesis.STEADY, np.random.default_rng(0))
     for k in (-6, -1, 4):
-        samples = corpus.synthesise(notes, corpus.Take(played, (0,), k), played.duration)
+        samples = synthesis.synthesise(notes, synthesis.Take(played, (0,), k), played.duration)
         assert np.round(pitches_of(samples, played, notes["pitch"])).tolist() == (notes["pitch"] + k).tolist()
 
 
 def test_a_repeated_note_is_struck_again():
     notes = score_of([60] * 6, length=0.5)
-    played = corpus.perform(notes, 90, corpus.STEADY, np.random.default_rng(0))
-    samples = corpus.synthesise(notes, corpus.Take(played, (0,), 0), played.duration)
+    played = synthesis.perform(notes, 90, synthesis.STEADY, np.random.default_rng(0))
+    samples = synthesis.synthesise(notes, synthesis.Take(played, (0,), 0), played.duration)
     assert np.abs(attacks(samples)[:, None] - played.onsets).min(axis=0).max() < 0.02
 
 
@@ -106,8 +106,8 @@ def attacks(samples, hop=64):
 
 def test_a_human_performance_is_heard_when_it_says():
     notes = score_of([60, 67, 72, 64, 55, 69, 76, 60] * 3)
-    played = corpus.perform(notes, 100, corpus.HUMAN, np.random.default_rng(1))
-    samples = corpus.synthesise(notes, corpus.Take(played, (0,), 0), played.duration)
+    played = synthesis.perform(notes, 100, synthesis.HUMAN, np.random.default_rng(1))
+    samples = synthesis.synthesise(notes, synthesis.Take(played, (0,), 0), played.duration)
     heard = attacks(samples)
     assert np.abs(heard[:, None] - played.onsets).min(axis=0).max() < 0.02
     assert np.abs(played.times(notes["onset"]) - played.onsets).max() <= 0.031
@@ -120,8 +120,8 @@ def test_by_hand_onsets_stay_and_the_pedal_holds_what_decays(seed):
     notes = np.concatenate([score_of([60, 64, 67, 72] * 80, length=0.4), score_of([48, 43, 48, 36] * 80, length=0.4)])
     piano, strings = np.split(np.arange(len(notes)), 2)
     notes["part"][strings] = 1
-    played = corpus.perform(notes, 100, corpus.HUMAN, np.random.default_rng(0))
-    own = corpus.by_hand(notes, played, (0, 48), np.random.default_rng(seed))
+    played = synthesis.perform(notes, 100, synthesis.HUMAN, np.random.default_rng(0))
+    own = synthesis.by_hand(notes, played, (0, 48), np.random.default_rng(seed))
     assert np.array_equal(own.onsets, played.onsets) and own.duration == played.duration
     assert len(set((own.velocities - played.velocities).tolist())) > 5
     assert own.velocities.min() >= 20 and own.velocities.max() <= 124
@@ -135,7 +135,7 @@ def test_by_hand_onsets_stay_and_the_pedal_holds_what_decays(seed):
 def test_an_arrangement_moves_notes_by_octaves_and_widens_the_range(seed):
     notes = np.concatenate([score_of([60, 62, 64, 65] * 10), score_of([48, 50, 52, 53] * 10), score_of([55] * 40)])
     notes["part"] = np.repeat([0, 1, 2], 40)
-    arranged = corpus.arrange(notes, np.random.default_rng(seed))
+    arranged = scores.arrange(notes, np.random.default_rng(seed))
     assert (np.diff(arranged["onset"]) >= 0).all() and set(arranged["part"]) == {0, 1, 2}
     inner = arranged["pitch"][arranged["part"] == 2]
     assert len(inner) == 40 and len(set(inner)) == 1 and inner[0] in (43, 55, 67)
@@ -150,7 +150,7 @@ def test_an_arrangement_moves_notes_by_octaves_and_widens_the_range(seed):
 def test_an_arrangement_strikes_each_key_once(seed):
     notes = np.concatenate([score_of([60] * 20), score_of([72] * 20), score_of([60, 72] * 10), score_of([72, 60] * 10)])
     notes["part"] = np.repeat([0, 1], 40)
-    arranged = corpus.arrange(notes, np.random.default_rng(seed))
+    arranged = scores.arrange(notes, np.random.default_rng(seed))
     assert len(np.unique(arranged[["onset", "part", "pitch"]])) == len(arranged)
     assert len(set(arranged["part"])) == 2
 
@@ -163,12 +163,12 @@ def test_an_arrangement_strikes_each_key_once(seed):
 def test_voices_in_unison_sound(tmp_path, monkeypatch, music):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "unison.abc").write_text("X:1\nT:unison\nM:4/4\nL:1/4\nQ:1/4=90\nK:C\n" + music)
-    monkeypatch.setattr(corpus, "_package", lambda name, found=corpus._package: tmp_path if name == "music21" else found(name))
-    score = corpus.read_score(corpus.Piece("unison", "tune", "unison", "nobody", "unison.abc", (90, 90)))
+    monkeypatch.setattr(scores, "package", lambda name, found=scores.package: tmp_path if name == "music21" else found(name))
+    score = scores.read_score(scores.Piece("unison", "tune", "unison", "nobody", "unison.abc", (90, 90)))
     n_channels = score.notes["part"].max() + 1
     assert len(score.notes) == len(np.unique(score.notes[["onset", "part", "pitch"]])) == 24 * n_channels
-    played = corpus.perform(score.notes, 90, corpus.STEADY, np.random.default_rng(0))
-    samples = corpus.synthesise(score.notes, corpus.Take(played, (48,) * n_channels, 0), played.duration)
+    played = synthesis.perform(score.notes, 90, synthesis.STEADY, np.random.default_rng(0))
+    samples = synthesis.synthesise(score.notes, synthesis.Take(played, (48,) * n_channels, 0), played.duration)
     level = [
         np.sqrt((samples[int((on + 0.3) * RATE) : int((end - 0.1) * RATE)] ** 2).mean())
         for on, end in zip(played.onsets, played.ends, strict=True)
@@ -180,10 +180,10 @@ def test_arrangements_differ_and_stay_within_what_a_score_may_hold():
     notes = np.concatenate([score_of([101, 96] * 10), score_of([28, 40] * 10)])
     notes["part"] = np.repeat([0, 1], 20)
     assert all(
-        np.array_equal(corpus.arrange(notes, np.random.default_rng(seed)), np.sort(notes, order=["onset", "part"])) for seed in range(20)
+        np.array_equal(scores.arrange(notes, np.random.default_rng(seed)), np.sort(notes, order=["onset", "part"])) for seed in range(20)
     )
     tune = score_of([60, 64, 67] * 10)
-    assert {int(corpus.arrange(tune, np.random.default_rng(seed))["pitch"][0]) for seed in range(20)} == {48, 60, 72}
+    assert {int(scores.arrange(tune, np.random.default_rng(seed))["pitch"][0]) for seed in range(20)} == {48, 60, 72}
 
 
 def test_a_share_of_the_pieces_is_arranged(few_pieces, tmp_path):
@@ -207,7 +207,7 @@ def test_what_people_do_changes_neither_sounds_nor_keys(few_pieces, tmp_path):
 
 def test_a_score_is_read_as_written(few_pieces):
     piece = next(piece for piece in few_pieces if piece.id == "bach-bwv10.7")
-    score = corpus.read_score(piece)
+    score = scores.read_score(piece)
     assert (score.composer, score.title) == ("Johann Sebastian Bach", "bwv10.7")
     assert score.notes["part"].max() == 3
     top = score.notes[score.notes["part"] == 0]
@@ -367,20 +367,20 @@ def test_more_music_than_there_is(few_pieces, tmp_path):
 
 
 def test_harmonisations_of_one_melody_are_alike():
-    pieces = {piece.id: piece for piece in corpus.catalogue()}
-    passion, again, other = (corpus._melodies(corpus.read_score(pieces[f"bach-bwv{n}"]).notes) for n in ("244.54", "244.15", "253"))
+    pieces = {piece.id: piece for piece in scores.catalogue()}
+    passion, again, other = (corpus._melodies(scores.read_score(pieces[f"bach-bwv{n}"]).notes) for n in ("244.54", "244.15", "253"))
     assert corpus._resemblance({"melodies": again}, [{"id": "passion", "melodies": passion}]) == "has a melody of passion"
     assert corpus._resemblance({"melodies": other}, [{"id": "passion", "melodies": passion}]) is None
 
 
 def test_pieces_have_names_of_their_own():
-    pieces = corpus.catalogue()
+    pieces = scores.catalogue()
     assert len({piece.id for piece in pieces}) == len(pieces) > 2000
-    assert {piece.kind for piece in pieces} == {kind.name for kind in corpus.KINDS}
+    assert {piece.kind for piece in pieces} == {kind.name for kind in scores.KINDS}
 
 
 def test_the_default_hour_is_diverse():
-    pieces = corpus.catalogue()
+    pieces = scores.catalogue()
     heldout = [piece for piece, _ in corpus._heldout_candidates(pieces, 1)[:12]]
     for chosen in (heldout, corpus._training_candidates(pieces, 1)[:40]):
         assert len({piece.kind for piece in chosen}) >= 8
@@ -392,13 +392,13 @@ def test_takes_are_in_different_sounds_that_have_all_the_notes():
     notes["part"] = [0, 0, 1, 1]
     firsts = set()
     for _ in range(40):
-        families = corpus.draw_families(notes, [-3, 0, 5], rng)
+        families = synthesis.draw_families(notes, [-3, 0, 5], rng)
         assert len(set(families)) == len(families) >= 8
-        takes = [corpus.draw_programs(family, notes, [-3, 0, 5], rng) for family in families]
+        takes = [synthesis.draw_programs(family, notes, [-3, 0, 5], rng) for family in families]
         assert len({programs[0] for programs in takes}) == len(takes)
         firsts |= {programs[0] for programs in takes}
         for programs in takes:
             for program, (lowest, highest) in zip(programs, [(47, 81), (33, 65)], strict=True):
-                bottom, top = corpus.COMPASSES.get(program, corpus.COMPASS)
+                bottom, top = synthesis.COMPASSES.get(program, synthesis.COMPASS)
                 assert bottom <= lowest and highest <= top
     assert len(firsts) > 30

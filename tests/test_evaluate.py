@@ -11,7 +11,7 @@ from gae import audio
 from gae import evaluate as judging
 from gae.cqt import frames as cqt_frames
 from gae.errors import FormatError, ParamsError
-from gae.evaluate import LABELS, chroma, comparison, copy_error, delayed, evaluate, heldout_pieces, judge, reconstruction_error, table
+from gae.evaluate import KINDS, chroma, comparison, copy_error, delayed, evaluate, heldout_pieces, judge, reconstruction_error, table
 from gae.files import read_json
 from gae.model import save_model
 from gae.modelfile import load_model
@@ -82,7 +82,7 @@ def found(request, corpus, tmp_path, in_this_process):
     save_model(tmp_path / "gae.safetensors", tiny.model().network, tiny.CQT.model_copy(update={"compression": request.param}))
     evaluate(PARAMS, corpus, tmp_path / "gae.safetensors", *places(tmp_path))
     invariance = read_json(tmp_path / "evaluation.json")["invariance"]
-    return request.param, *({kind: invariance[kind][name] for kind in LABELS} for name in ("top1", "top1_stacked"))
+    return request.param, *({kind: invariance[kind][name] for kind in KINDS} for name in ("top1", "top1_stacked"))
 
 
 def test_known_transposition_is_found_and_others_are_not(found):
@@ -112,7 +112,7 @@ def test_figures_are_complete_and_finite(figures):
 
     assert np.isfinite(numbers(figures)).all()
     assert figures["pieces"] == 4
-    assert set(figures["invariance"]) == set(figures["alignment"]) == set(LABELS)
+    assert set(figures["invariance"]) == set(figures["alignment"]) == set(KINDS)
     assert set(figures["invariance"]["gae"]) == {"top1", "top1_se", "top1_stacked", "top1_stacked_se"}
     assert figures["invariance"]["chroma_best_shift"]["top1_se"] > 0
     assert figures["speed"]["conversion_times_real_time"] > 1
@@ -120,7 +120,7 @@ def test_figures_are_complete_and_finite(figures):
 
 def test_one_table_sets_all_measures_beside_the_baselines(figures):
     rows = comparison(figures)
-    for kind in LABELS:
+    for kind in KINDS:
         assert rows[kind] == {
             "top1": figures["invariance"][kind]["top1"],
             "top1_stacked": figures["invariance"][kind]["top1_stacked"],
@@ -148,9 +148,9 @@ def test_figures_are_the_same_again(figures, corpus, model, tmp_path, capsys):
 def test_table_shows_every_figure(figures):
     text = table(figures)
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
-    for kind, label in LABELS.items():
-        assert f"{figures['invariance'][kind]['top1_stacked']:.1f} ±" in lines[label]
-        assert f"{figures['alignment'][kind]['untransposed']['250ms']:.1f} ±" in lines[label]
+    for kind in KINDS:
+        assert f"{figures['invariance'][kind]['top1_stacked']:.1f} ±" in lines[KINDS[kind].label]
+        assert f"{figures['alignment'][kind]['untransposed']['250ms']:.1f} ±" in lines[KINDS[kind].label]
     assert f"{figures['reconstruction']['relative_error']:.1f} ±" in text
 
 
@@ -223,7 +223,7 @@ def test_rows_in_context_are_those_that_a_model_sees():
 
 def test_the_best_of_twelve_rotates_every_frame_of_a_context():
     folded = np.random.default_rng(0).random((5, 24), dtype=np.float32)
-    versions = judging._versions("chroma_context", folded)
+    versions = judging._versions(KINDS["chroma_context"], folded)
     assert versions.shape == (12, 5, 24)
     for shift, version in enumerate(versions):
         assert np.array_equal(version, np.hstack([np.roll(part, shift, axis=1) for part in np.hsplit(folded, 2)]))

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from gae import model as module
 from gae.cqt import transpose
 from gae.errors import FormatError
-from gae.features import extract_frames
+from gae.mapping import extract_frames
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.modelfile import load_model
 from gae.params import Train

@@ -52,7 +52,7 @@ def code_of(stage):
         names = {name for node in found for name in ([a.name for a in node.names] if node.module == "gae" else node.module.split(".")[1:])}
         names = {name for name in names if (ROOT / f"gae/{name}.py").exists()}
         # how training draws is no reason to train again
-        beyond += names - modules - CARRIERS - ({"plot"} if stage == "train" else set())
+        beyond += names - modules - CARRIERS - ({"pictures", "view"} if stage == "train" else set())
     return modules
 
 

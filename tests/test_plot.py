@@ -9,16 +9,19 @@ import tiny
 import torch
 from PIL import Image
 
-from gae import plot as pictures
+from gae import pictures
+from gae import plot as plotting
 from gae.cqt import transpose
 from gae.errors import FormatError
-from gae.evaluate import LABELS, TOLERANCES
-from gae.features import Origin, extract_frames, write
+from gae.evaluate import KINDS, TOLERANCES
+from gae.features import Origin, write
+from gae.mapping import extract_frames
 from gae.measures import pool
 from gae.model import save_model
 from gae.modelfile import load_model
 from gae.params import Cqt, Params, Plot
-from gae.plot import draw, draw_losses, draw_network, draw_track, note_ticks, self_similarity
+from gae.pictures import draw_losses, draw_network, note_ticks, self_similarity
+from gae.plot import draw, draw_track
 from gae.shards import add_track, write_folder, writing
 
 PLOT = Plot(dpi=50, seconds=4, filters=20)
@@ -50,8 +53,8 @@ def metrics():
 
     return {
         "pieces": 3,
-        "invariance": {kind: figures(("top1", "top1_stacked")) for kind in LABELS},
-        "alignment": {kind: {key: figures(TOLERANCES) for key in ("transposed", "untransposed")} for kind in LABELS},
+        "invariance": {kind: figures(("top1", "top1_stacked")) for kind in KINDS},
+        "alignment": {kind: {key: figures(TOLERANCES) for key in ("transposed", "untransposed")} for kind in KINDS},
         "reconstruction": figures(("relative_error", "of_a_copy")),
         "speed": {"conversion_times_real_time": 500.0},
     }
@@ -81,7 +84,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    monkeypatch.setattr(pictures, "map_tracks", lambda unit, items, compute, label, more: [unit(item, *more) for item in items])
+    monkeypatch.setattr(plotting, "map_tracks", lambda unit, items, compute, label, more: [unit(item, *more) for item in items])
 
 
 def test_every_picture_is_drawn(run, in_this_process):
@@ -222,8 +225,8 @@ def test_a_repeated_passage_is_a_line_beside_the_diagonal():
 def test_long_tracks_are_pooled_block_by_block(tmp_path, monkeypatch):
     frames = tiny.frames(5000)
     file = features_file(tmp_path / "long.h5", frames)
-    monkeypatch.setattr(pictures, "_BLOCK", 512)
-    pooled, seconds = pictures._pooled(file)
+    monkeypatch.setattr(plotting, "_BLOCK", 512)
+    pooled, seconds = plotting._pooled(file)
     assert len(pooled) == 834
     assert np.allclose(pooled, pool(extract_frames(frames, tiny.model()), 6), atol=1e-6)
     assert seconds == pytest.approx(5000 * 256 / 8000)

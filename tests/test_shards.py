@@ -32,8 +32,7 @@ def staged(place, n, dtype="float32"):
         files[key] = place / f"{key}.h5"
         with shards.writing(files[key], CQT) as shard:
             facts = {"path": f"{number}.wav", "duration": 1.5 * number, "peak": number / 4, "code": "c" * 64}
-            written = shards.add_track(shard, key, np.split(frames_of(number), [0, 7, 7]), CQT.n_bins, dtype, **facts)
-            assert written == 20 + 30 * number
+            shards.add_track(shard, key, np.split(frames_of(number), [0, 7, 7]), CQT.n_bins, dtype, **facts)
     return files
 
 
@@ -95,10 +94,10 @@ def test_what_was_written_is_read(tmp_path, dtype):
         assert read.read(keys[3]).dtype == np.float32
         assert np.abs(read.read(keys[3]) - frames_of(3)).max() <= tolerance
         assert np.abs(read.read(keys[3], 10, 25) - frames_of(3)[10:25]).max() <= tolerance
-        assert [len(block) for block in read.blocks(keys[3], 50)] == [50, 50, 10]
-        assert np.array_equal(np.concatenate(list(read.blocks(keys[3], 50))), read.read(keys[3]))
         n_frames, blocks = read_blocks(track.file, keys[3], 50)
-        assert n_frames == 110 and np.array_equal(np.concatenate(list(blocks)), read.read(keys[3]))
+        blocks = list(blocks)
+        assert n_frames == 110 and [len(block) for block in blocks] == [50, 50, 10]
+        assert np.array_equal(np.concatenate(blocks), read.read(keys[3]))
 
 
 def test_more_shards_than_may_be_open_can_be_read(tmp_path, tracks, monkeypatch):

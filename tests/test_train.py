@@ -18,8 +18,7 @@ import torch
 from gae import params
 from gae import train as module
 from gae.checkpoints import Checkpoints
-from gae.commandline import explained
-from gae.errors import GaeError, TrainingError
+from gae.errors import GaeError, TrainingError, explained
 from gae.files import read_json, write_json
 from gae.modelfile import load_model
 from gae.shards import Shards

@@ -12,9 +12,9 @@ import tiny
 
 import gae
 from gae.errors import FormatError
-from gae.features import extract_frames
+from gae.mapping import extract_frames
+from gae.original import from_arrays, import_weights, read_original
 from gae.params import Cqt
-from gae.weights import from_arrays, import_weights, read_original
 
 torch = pytest.importorskip("torch")
 

@@ -1,0 +1,114 @@
+"""The processes of a training, one or many, through Lightning Fabric: how they start, agree, and end with one line for all."""
+
+import logging
+import warnings
+from contextlib import ExitStack, contextmanager
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from gae.compute import keep_memory
+from gae.errors import GaeError, TrainingError, explained, reason
+from gae.locks import alone
+
+PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32-true"}  # as Fabric calls them
+
+
+def launch(train):
+    """The `Fabric` that the parameters ask for, its processes started."""
+    keep_memory()
+    torch.set_float32_matmul_precision("high")
+    world = train.devices * train.nodes
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    try:
+        fabric = Fabric(
+            accelerator=_accelerator(train),
+            devices=train.devices,
+            num_nodes=train.nodes,
+            strategy="ddp" if world > 1 else "auto",
+            precision=PRECISIONS[train.precision],
+        )
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        raise TrainingError(f"train.accelerator {train.accelerator}, train.devices {train.devices}: {reason(error)}") from None
+    fabric.launch()
+    return fabric
+
+
+def settled(train):
+    """The parameters with the precision that `auto` is here: bf16 where the processor has products for it, fp32 elsewhere."""
+    if train.precision != "auto":
+        return train
+    if _accelerator(train) == "cuda" and torch.cuda.is_available():
+        quick = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        quick = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    return train.model_copy(update={"precision": "bf16" if quick else "fp32"})
+
+
+def _accelerator(train):
+    """The kind of device that `auto` is here: CUDA where there is any, the processor elsewhere."""
+    if train.accelerator != "auto":
+        return train.accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def alone_with(fabric, checkpoints):
+    """Only this training uses the checkpoints: its first process locks them, and all end if it can't."""
+    with ExitStack() as held:
+        from_first(fabric, lambda: held.enter_context(alone(checkpoints)))
+        yield
+
+
+@contextmanager
+def told_once(fabric):
+    """Of a `TrainingError` that all processes come upon the first tells. The others end as if well: Lightning would kill it else."""
+    try:
+        yield
+    except TrainingError:
+        if fabric.is_global_zero:
+            raise
+        raise SystemExit(0) from None
+
+
+def from_first(fabric, action):
+    """What `action` gives in the first process, for all of them; where it fails all end, and the first says why in one line."""
+    result = refusal = None
+    if fabric.is_global_zero:
+        try:
+            result = action()
+        except (GaeError, OSError) as error:
+            refusal = explained(error)
+    result, refusal = fabric.broadcast((result, refusal))
+    if refusal:
+        with told_once(fabric):
+            raise TrainingError(refusal)
+    return result
+
+
+@contextmanager
+def peers(fabric):
+    """One line where another process of this training has ended: PyTorch says at length that it does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if fabric.world_size == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        said = f"another process of this training has ended or does not answer ({reason(error)[:200]})"
+        raise TrainingError(f"{said}; see what it says, and run it again to go on") from None
+
+
+def gatherer(fabric):
+    """A function that collects a tensor from all processes, with gradients."""
+    if fabric.world_size == 1:
+        return lambda tensor: tensor
+    warnings.filterwarnings("ignore", ".*all_gather is deprecated")  # Fabric's to mend
+
+    def gather(tensor):
+        gathered = fabric.all_gather(tensor, sync_grads=True)
+        if gathered.requires_grad:
+            gathered.register_hook(torch.Tensor.contiguous)  # gloo deals a gradient out as its bytes lie
+        return gathered
+
+    return gather
