@@ -1,13 +1,13 @@
 import os
-import socket
 import subprocess
 import sys
-import time
+from collections import defaultdict
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch starts: tiny matrices are no work for many threads
 
 import project
 import pytest
+import servers
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -42,28 +42,28 @@ def finished_project(fresh_project, tmp_path_factory):
 @pytest.fixture(scope="session")
 def s3():
     """The address of an S3 server on the loopback interface."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        _wait_for_port(port, server)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+    with servers.s3_server() as address:
+        yield address
 
 
-def _wait_for_port(port, server):
-    for _ in range(600):
-        assert server.poll() is None, "moto_server ended at once"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError("moto_server does not answer")
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Work over many tracks is done in this process, in order.
+
+    Gives what it was done on, by the name of the function: paths, where items have one.
+    """
+    from gae import convert, evaluate, index, plot, preprocess  # not in the way of tests without them
+
+    done = defaultdict(list)
+
+    def map_here(function, items, compute, label, arguments=()):
+        if items:
+            done[function.__name__] += [item["path"] if isinstance(item, dict) and "path" in item else item for item in items]
+        return [function(item, *arguments) for item in items]
+
+    for module in (convert, evaluate, index, plot, preprocess):
+        monkeypatch.setattr(module, "map_tracks", map_here)
+    return done
 
 
 @pytest.fixture
@@ -71,9 +71,7 @@ def cluster(tmp_path):
     """A scheduler and two workers in processes of their own: (address, workers)."""
     import distributed  # not in the way of tests without a cluster
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    address = f"tcp://127.0.0.1:{servers.free_port()}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
     quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
     dask = [sys.executable, "-m", "dask"]

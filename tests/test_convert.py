@@ -28,11 +28,6 @@ def weights(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    monkeypatch.setattr(convert, "map_tracks", lambda unit, jobs, compute, label, arguments: [unit(job, *arguments) for job in jobs])
-
-
 class Project:
     """The inputs of a conversion: an index, shards, and how to run it."""
 

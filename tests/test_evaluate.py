@@ -66,11 +66,6 @@ def places(folder, name="evaluation"):
 
 
 @pytest.fixture
-def in_this_process(monkeypatch):
-    monkeypatch.setattr(judging, "map_tracks", lambda unit, items, compute, label, more: [unit(item, *more) for item in items])
-
-
-@pytest.fixture
 def figures(corpus, model, tmp_path, in_this_process):
     evaluate(PARAMS, corpus, model, *places(tmp_path))
     return read_json(tmp_path / "evaluation.json")

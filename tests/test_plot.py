@@ -82,11 +82,6 @@ def run(tmp_path):
     return [tmp_path / name for name in paths]
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    monkeypatch.setattr(plotting, "map_tracks", lambda unit, items, compute, label, more: [unit(item, *more) for item in items])
-
-
 def test_every_picture_is_drawn(run, in_this_process):
     before = dict(matplotlib.rcParams)
     with warnings.catch_warnings():

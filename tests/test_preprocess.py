@@ -27,18 +27,9 @@ CQT = {"sample_rate": 8000, "hop_length": 256, "fmin": 110.0, "n_bins": 36, "bin
 
 
 @pytest.fixture
-def computed(monkeypatch):
-    """Work is done in this process; gives the paths of the files whose frames were computed."""
-    paths = []
-
-    def inline(function, items, compute, label, arguments=()):
-        if function is module.compute_track:
-            paths.extend(item["path"] for item in items)
-        return [function(item, *arguments) for item in items]
-
-    monkeypatch.setattr(module, "map_tracks", inline)
-    monkeypatch.setattr(indexing, "map_tracks", inline)
-    return paths
+def computed(in_this_process):
+    """The files whose frames were computed."""
+    return in_this_process["compute_track"]
 
 
 @pytest.fixture

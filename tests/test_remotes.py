@@ -7,16 +7,14 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import boto3
 import pytest
 import yaml
 from project import Project
+from servers import free_port, s3_server, serving
 
 from gae.modelfile import SHIPPED
 
@@ -158,14 +156,9 @@ def _folder(place):
 @contextlib.contextmanager
 def _s3(_):
     """An S3 server on the loopback interface."""
-    port = _free_port()
-    with (
-        pytest.MonkeyPatch.context() as environment,
-        _serving([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port),
-    ):
+    with pytest.MonkeyPatch.context() as environment, s3_server() as address:
         environment.setenv("AWS_ACCESS_KEY_ID", "nobody")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        address = f"http://127.0.0.1:{port}"
         boto3.client("s3", endpoint_url=address, region_name="us-east-1").create_bucket(Bucket="gae")
         yield {"url": "s3://gae", "endpointurl": address}
 
@@ -175,7 +168,7 @@ def _ssh(place):
     """OpenSSH's server on the loopback interface: SFTP and nothing else, with keys that nobody else has."""
     if not SSHD:
         pytest.skip("no sshd on this machine")
-    port = _free_port()
+    port = free_port()
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(place / name)], check=True)
     settings = {
@@ -191,7 +184,7 @@ def _ssh(place):
         "ForceCommand": "internal-sftp",
     }
     (place / "config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
-    with _privilege_separation(), _serving([SSHD, "-D", "-e", "-f", str(place / "config")], port):
+    with _privilege_separation(), serving([SSHD, "-D", "-e", "-f", str(place / "config")], port):
         yield {"url": f"ssh://127.0.0.1:{port}{place}", "keyfile": str(place / "user")}
 
 
@@ -207,34 +200,6 @@ def _privilege_separation():
     finally:
         if made:
             folder.rmdir()
-
-
-@contextlib.contextmanager
-def _serving(command, port):
-    """Run a server until the block ends; it begins when the server answers."""
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_for_port(port, server)
-        yield
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _wait_for_port(port, server):
-    for _ in range(600):
-        assert server.poll() is None, f"{server.args} ended at once"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError(f"{server.args} does not answer")
 
 
 def _outputs(project):

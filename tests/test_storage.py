@@ -49,20 +49,6 @@ def music():
     return fsspec.filesystem("memory")
 
 
-@pytest.fixture
-def inline(monkeypatch):
-    """Work is done in this process, which alone sees what lies in memory; gives what it was done on."""
-    done = []
-
-    def work(function, items, compute, label, arguments=()):
-        done.extend(items)
-        return [function(item, *arguments) for item in items]
-
-    monkeypatch.setattr(preprocess, "map_tracks", work)
-    monkeypatch.setattr(indexing, "map_tracks", work)
-    return done
-
-
 def sing(name, frequency, seconds=1.0):
     soundfile.write(f"music/{name}.wav", tiny.tone(seconds, 8000, frequency), 8000)
     with fsspec.open(f"memory://bucket/{name}.wav", "wb") as file:
@@ -205,7 +191,7 @@ def test_what_is_stored_is_there_whole_or_not_at_all(music):
 # ---- index -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_index_of_urls_is_that_of_files(music, inline):
+def test_the_index_of_urls_is_that_of_files(music, in_this_process):
     lists(["music/a.wav", "music/b.wav\tmusic/c.wav"], ["music/d.wav"])
     indexing.index(values("staging"), "index.json", "memory.json")
     here = Path("index.json").read_text()
@@ -214,20 +200,20 @@ def test_the_index_of_urls_is_that_of_files(music, inline):
     assert Path("index.json").read_text() == here.replace("music/", "memory://bucket/")
 
 
-def test_only_urls_that_changed_are_fetched_again(music, inline):
+def test_only_urls_that_changed_are_fetched_again(music, in_this_process):
     lists(["memory://bucket/[abc].wav"], ["memory://bucket/d.wav"])
     indexing.index(values("staging"), "index.json", "memory.json")
     before = read_json("index.json")
-    inline.clear()
+    in_this_process.clear()
     indexing.index(values("staging"), "index.json", "memory.json")
-    assert inline == [] and read_json("index.json") == before
+    assert not in_this_process and read_json("index.json") == before
     sing("b", 700.0)
     indexing.index(values("staging"), "index.json", "memory.json")
-    assert inline == ["memory:///bucket/b.wav"]
+    assert in_this_process == {"examine": ["memory:///bucket/b.wav"]}
     assert [a == b for a, b in zip(read_json("index.json")["train"], before["train"], strict=True)] == [True, False, True]
 
 
-def test_what_tells_no_version_is_looked_at_each_time(music, inline, monkeypatch):
+def test_what_tells_no_version_is_looked_at_each_time(music, in_this_process, monkeypatch):
     """As what a server makes on demand."""
     lists(["memory://bucket/a.wav"], ["memory://bucket/a.wav"])
     info = type(music).info
@@ -270,7 +256,7 @@ def test_a_full_disk_here_is_not_blamed_on_the_url(music, monkeypatch):
         convert_file("memory://bucket/a.wav", "a.h5", "pretrained")
 
 
-def test_frames_wait_in_storages_that_have_folders(both_lists, inline, tmp_path):
+def test_frames_wait_in_storages_that_have_folders(both_lists, in_this_process, tmp_path):
     (tmp_path / "there").mkdir()
     assert run(f"file://{tmp_path}/there") == run("staging", "elsewhere")
     assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
@@ -278,7 +264,7 @@ def test_frames_wait_in_storages_that_have_folders(both_lists, inline, tmp_path)
         run(f"file://{tmp_path}/nowhere/at/all", "third")
 
 
-def test_bad_audio_at_a_url_is_skipped_by_its_name(music, inline, capsys):
+def test_bad_audio_at_a_url_is_skipped_by_its_name(music, in_this_process, capsys):
     music.pipe("/bucket/text.wav", b"a letter")
     lists(["memory://bucket/text.wav", "memory://bucket/a.wav"], ["music/b.wav"])
     indexing.index(values("staging"), "index.json", "memory.json")
@@ -296,12 +282,12 @@ def both_lists(music):
     lists(["memory://bucket/a.wav", "memory://bucket/b.wav"], ["memory://bucket/b.wav", "memory://bucket/c.wav"])
 
 
-def test_frames_that_waited_at_a_url_are_the_same_bytes(both_lists, inline):
+def test_frames_that_waited_at_a_url_are_the_same_bytes(both_lists, in_this_process):
     assert run("memory://bucket/staging", "far") == run("staging", "near")
     assert in_memory() == []
 
 
-def test_frames_of_urls_are_those_of_files(both_lists, inline):
+def test_frames_of_urls_are_those_of_files(both_lists, in_this_process):
     run("memory://bucket/staging", "far")
     for role in ("train", "convert"):
         Path(f"{role}.txt").write_text(Path(f"{role}.txt").read_text().replace("memory://bucket", "music"))
@@ -314,7 +300,7 @@ def test_frames_of_urls_are_those_of_files(both_lists, inline):
             assert (far.read(there[0].key) == near.read(here[0].key)).all()
 
 
-def test_what_waits_is_fetched_once(both_lists, inline, monkeypatch):
+def test_what_waits_is_fetched_once(both_lists, in_this_process, monkeypatch):
     fetched = []
     all_fetched = storage.all_fetched
     monkeypatch.setattr("gae.shards.all_fetched", lambda paths: fetched.extend(filter(storage.is_url, paths)) or all_fetched(paths))
@@ -322,7 +308,7 @@ def test_what_waits_is_fetched_once(both_lists, inline, monkeypatch):
     assert len(fetched) == len(set(fetched)) == 3
 
 
-def test_a_run_that_was_killed_goes_on_with_what_waits(both_lists, inline, monkeypatch):
+def test_a_run_that_was_killed_goes_on_with_what_waits(both_lists, in_this_process, monkeypatch):
     write_folder = preprocess.shards.write_folder
 
     def killed(folder, *arguments):
@@ -335,21 +321,21 @@ def test_a_run_that_was_killed_goes_on_with_what_waits(both_lists, inline, monke
         run("memory://bucket/staging")
     assert len(in_memory()) == 3
     monkeypatch.setattr(preprocess.shards, "write_folder", write_folder)
-    inline.clear()
+    in_this_process.clear()
     went_on = run("memory://bucket/staging")
-    assert inline == [] and in_memory() == []
+    assert not in_this_process and in_memory() == []
     assert went_on == run("staging", "near")
 
 
-def test_what_lists_lend_each_other_waits_here(both_lists, inline):
+def test_what_lists_lend_each_other_waits_here(both_lists, in_this_process):
     run("memory://bucket/staging")
     lists(["memory://bucket/c.wav"], ["memory://bucket/a.wav", "memory://bucket/b.wav"])
-    inline.clear()
+    in_this_process.clear()
     swapped = run("memory://bucket/staging")
-    assert inline == [] and swapped == run("staging", "near")
+    assert not in_this_process and swapped == run("staging", "near")
 
 
-def test_what_others_put_there_stays(both_lists, inline, music):
+def test_what_others_put_there_stays(both_lists, in_this_process, music):
     music.pipe("/bucket/staging/mine.txt", b"mine")
     music.pipe(f"/bucket/staging/{'0' * 16}/mine.h5", b"mine")
     music.pipe(f"/bucket/staging/{'0' * 16}/{'1' * 32}-12.h5", b"of other parameters")
@@ -357,7 +343,7 @@ def test_what_others_put_there_stays(both_lists, inline, music):
     assert in_memory() == [f"/bucket/staging/{'0' * 16}/mine.h5", "/bucket/staging/mine.txt"]
 
 
-def test_a_damaged_file_that_waits_is_one_line(both_lists, inline, music):
+def test_a_damaged_file_that_waits_is_one_line(both_lists, in_this_process, music):
     settings = values("memory://bucket/staging")
     indexing.index(settings, "index.json", "memory.json")
     place = f"memory://bucket/staging/{digest([settings.cqt.model_dump(), settings.data.dtype, preprocess._code()])[:16]}"
@@ -370,7 +356,7 @@ def test_a_damaged_file_that_waits_is_one_line(both_lists, inline, music):
     assert len(str(caught.value).splitlines()) == 1 and "gae-" not in str(caught.value)
 
 
-def test_a_file_that_is_gone_after_the_index_stops_the_run(both_lists, inline, music):
+def test_a_file_that_is_gone_after_the_index_stops_the_run(both_lists, in_this_process, music):
     settings = values("memory://bucket/staging")
     indexing.index(settings, "index.json", "memory.json")
     music.rm("/bucket/a.wav")

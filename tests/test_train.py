@@ -3,7 +3,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from servers import free_port
 
 from gae import params
 from gae import train as module
@@ -999,12 +999,6 @@ def test_a_killed_stage_goes_on(shards, tmp_path, processes):
     assert outcome(tmp_path / "stage") == outcome(tmp_path / "unbroken")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     ("launcher", "objective", "optimiser", "tolerance"),
     [("fabric", "reconstruction", "adam", 2e-6), ("torchrun", "invariance", "muon", 1e-5)],  # Muon's steps are ten times as long
@@ -1015,11 +1009,11 @@ def test_two_processes_get_the_weights_of_one(shards, tmp_path, quiet, launcher,
     settings = few_drawings(recipe(**changes, devices=2))
     launch = (sys.executable,)
     if launcher == "torchrun":
-        launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())
+        launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
     (tmp_path / "two").mkdir()
     done = subprocess.run(
         command(settings, shards, tmp_path / "two", launch),
-        env={**ENVIRONMENT, "MASTER_PORT": free_port()},
+        env={**ENVIRONMENT, "MASTER_PORT": str(free_port())},
         capture_output=True,
         text=True,
         timeout=300,
