@@ -1,6 +1,8 @@
 """Audio files to mono samples. Every way in which a file can be broken has its error here."""
 
+import errno
 import io
+import mmap
 import os
 import re
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ _OGG_SLACK = 0.5  # that of Ogg files: those that an editor cut claim some packe
 LOUDEST = 1e12  # of samples believed to be sound; full scale is 1
 # libsndfile shortens files that are truncated (wav, aiff; w64; rf64; au) without a word, but in its log
 _SHORTENED = re.compile(r"^\s*(?:data|SSND|riff|Riff size|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_UNKNOWN = 1 << 62  # or more frames: libsndfile for a header that claims no length
 _STREAMED = (1 << 31, 1 << 32, 1 << 63, 1 << 64)  # about what programs claim that can't know a length beforehand, in bytes
 _MP3_SLACK = 0.5  # that of MP3 files without a length: a two-hundredth at least, as frames may be padded by so much
 _OGG_TAIL = 2 * 65307  # bytes at the end of an Ogg file that hold its last page
@@ -60,6 +63,8 @@ def blocks(path, sample_rate):
     ------
     AudioError
         If the file is missing, no audio, truncated, or holds NaN or infinities.
+    OSError
+        If its disk or server fails: the file may be sound.
     """
     with _open(path) as file:
         rate = file.samplerate
@@ -82,7 +87,7 @@ def probe(path):
 
     Raises
     ------
-    AudioError
+    AudioError, OSError
         As `blocks`.
     """
     with _open(path) as file:
@@ -91,9 +96,9 @@ def probe(path):
 
 
 def claimed_seconds(path):
-    """Duration in s that the header claims, for a progress bar; what is decoded may differ."""
+    """Duration in s that the header claims, 0 where it claims none, for a progress bar; what is decoded may differ."""
     with _open(path) as file:
-        return file.frames / file.samplerate
+        return 0.0 if file.frames >= _UNKNOWN else file.frames / file.samplerate
 
 
 def mono(samples):
@@ -118,6 +123,8 @@ def resample(samples, orig_rate, sample_rate):
 
 def shift_pitch(sample_blocks, sample_rate, semitones):
     """Transpose a recording that arrives in pieces, at its own tempo, by Signalsmith Stretch.
+
+    In constant memory, 30 s at a time: where two of them meet, the sound is softer and blurred for some 0.3 s.
 
     Parameters
     ----------
@@ -160,6 +167,7 @@ def _open(path):
     try:
         file = soundfile.SoundFile(os.fsencode(path))  # a name need not be UTF-8
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        _raise_failing(error, path)
         if "No such file" in str(error) or "System error" in str(error):
             raise AudioError(f"{path}: cannot be opened; check the path and its permissions") from None
         what = "empty; copy it again" if _is_empty(path) else "not audio that can be read; convert it to wav or flac"
@@ -167,6 +175,8 @@ def _open(path):
     if problem := _problem(file, path):
         file.close()
         raise AudioError(f"{path}: {problem}")
+    if file.frames >= _UNKNOWN:  # soundfile would look for the end after each piece, and FLAC without a length has none
+        file.seekable = lambda: False
     return _numbered(file, path) if file.format == "MP3" else file
 
 
@@ -180,7 +190,7 @@ def _problem(file, path):
             return f"truncated, {there} of {claimed} bytes are there; copy it again"
     if file.format == "OGG" and not _has_last_page(path):
         return "truncated, its last page is missing; copy or encode it again"
-    if file.format == "OGG" and "Junk after the last page" in file.extra_info:  # libsndfile reads the first and stops
+    if file.format == "OGG" and "Junk after the last page" in file.extra_info and _begins_again(path):  # the first alone would be read
         return "several recordings one after the other, as web radio is saved; split it, or encode it again as one"
     return None
 
@@ -212,6 +222,26 @@ def _has_last_page(path):
     return False
 
 
+def _begins_again(path):
+    """Whether a page marked as the first comes later in an Ogg file too, and not just tags or zeros behind the last."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return re.compile(rb"OggS\0[\x02\x06]").search(data, 4) is not None
+
+
+def _raise_failing(error, path):
+    """Raise `OSError` if libsndfile met a disk or a server that fails: it says so of files that are missing or not ours to read too."""
+    if "System error" in str(error) and _is_readable(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path)) from None
+
+
+def _is_readable(path):
+    try:
+        with open(path, "rb"):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
 def _sounds_on(path, start, seconds):
     """Whether an MP3 file holds more than tags from a byte on, after the `seconds` that were read.
 
@@ -235,6 +265,7 @@ def _decoded(file, path):
         try:
             read = file.read(length, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError) as error:
+            _raise_failing(error, path)
             raise AudioError(f"{path}: damaged after {total / file.samplerate:.1f} s; copy or encode it again ({error})") from None
         if chunk is not None:
             yield chunk, len(read) == 0
@@ -261,4 +292,4 @@ def _decoded(file, path):
 def _promised(file):
     """Samples that the header promises, if it does: for mp3 without a Xing header libsndfile guesses from the first frame."""
     guessed = file.format == "MP3" and not re.search("bitrate mode *: variable", file.extra_info)
-    return 0 if guessed or file.frames >= 1 << 62 else file.frames
+    return 0 if guessed or file.frames >= _UNKNOWN else file.frames

@@ -148,7 +148,7 @@ def convert_list(shards, index_file, weights, out, params):
         {
             "source": path, "sha256": listed[path]["sha256"], "file": f"{names[path]}.h5",
             "key": track.key, "shard": str(track.file), "n_frames": track.n_frames,
-            "made_by": digest([code, track.code, track.dtype]),
+            "made_by": digest([code, track.code, track.dtype, model.sizes.lags, model.sizes.transpositions]),
         }
         for path, track in frames.items()
     ]  # fmt: skip

@@ -33,7 +33,7 @@ def frames(samples, cqt):
     Parameters
     ----------
     samples : ndarray of float32, shape (n_samples,)
-        Mono, at `cqt.sample_rate`. Other real types will do, as scale makes no difference.
+        Mono, at `cqt.sample_rate`. Other real types will do, as scale makes no difference, but for `compression: none` below 1e-8.
     cqt : gae.params.Cqt
 
     Returns

@@ -58,6 +58,8 @@ def in_temporary(error):
 
 def one_line(message):
     """A message as one line of bounded length that any terminal shows: names and damaged files may hold anything."""
+    if len(message) > 2 * _LONGEST:  # a stranger's may be of millions
+        message = message[:_LONGEST] + message[-_LONGEST:]
     shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in message)
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
 

@@ -108,12 +108,30 @@ def _stands(pattern, files):
     """For what the wildcards of a pattern stand in the files that it gave: {texts: file}; nothing if that can't be told."""
     folder = _folder(pattern := os.path.expanduser(pattern))
     parts = re.split(r"(\*\*/+|\*+|\?|\[!?\]?[^\]]*\])", pattern[len(folder) :])
-    kinds = {"**/": "((?:.*/)?)", "?": "([^/])"}  # fnmatch translates them too, but keeps nothing of what they stand for
-    signs = [kinds.get(part, "([^/]*)" if part[0] == "*" else f"({fnmatch.translate(part)[:-2]})") for part in parts[1::2]]
-    whole = re.compile("".join(text for pair in zip(map(re.escape, parts[::2]), [*signs, ""], strict=True) for text in pair), re.DOTALL)
+    whole = re.compile(_grouped(parts[::2], parts[1::2]), re.DOTALL)
     found = [whole.fullmatch(file[len(folder) :]) for file in files]
     told = {match.groups(): file for match, file in zip(found, files, strict=True) if match and match.groups()}
     return told if len(told) == len(files) else {}
+
+
+def _grouped(texts, wildcards):
+    """A regular expression with a group for each wildcard between texts; that of fnmatch keeps nothing of what they stand for.
+
+    As there, a star before another takes the least it can, for good: a few of them could be shared out in millions of ways.
+    """
+    stars, written, unfinished = [wildcard[0] == "*" for wildcard in wildcards], re.escape(texts[0]), False
+    for n, (wildcard, text) in enumerate(zip(wildcards, texts[1:], strict=True)):
+        if stars[n]:
+            written += ")" * unfinished
+            unfinished = not wildcard.startswith("**/") and any(stars[n + 1 :])
+        if wildcard.startswith("**/"):
+            written += "((?:.*/)?)"
+        elif stars[n]:
+            written += "(?>([^/]*?)" if unfinished else "([^/]*)"
+        else:
+            written += "([^/])" if wildcard == "?" else f"({fnmatch.translate(wildcard)[:-2]})"
+        written += re.escape(text)
+    return written
 
 
 def _columns(text):
@@ -136,6 +154,8 @@ def _uncommented(column):
         cuts = [cut for cut in cuts if cut >= start]
     if not cuts:
         return column
+    if column.startswith(("http://", "https://")):  # a space in a URL is %20; and a server may answer 403 to what is not there
+        return column[: cuts[0]].rstrip()
     for end in [len(column), *reversed(cuts)]:
         if end <= _LONGEST and kind(os.path.expanduser(name := column[:end].rstrip())):
             return name
@@ -145,7 +165,7 @@ def _uncommented(column):
 def _files(pattern, where, kinds=None):
     """The files that one column names, sorted; a name that exists is taken literally even if it looks like a glob."""
     pattern = os.path.expanduser(pattern)
-    what = (kinds or {}).get(pattern) or kind(pattern)
+    what = kinds[pattern] if kinds and pattern in kinds else kind(pattern)
     if what == "file":
         return [pattern]
     if what == "folder":

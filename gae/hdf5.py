@@ -73,8 +73,8 @@ def opened(path, kind, remedy):
     except FormatError:
         raise
     except Exception as error:  # h5py raises whatever the damage suggests to it
-        if isinstance(error, OSError) and error.errno in _PASSING:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        if (number := _errno(error)) in _PASSING:
+            raise OSError(number, os.strerror(number), str(path)) from None
         raise FormatError(f"{path}: not a readable {kind} ({reason(error)[:200]}); {remedy}") from None
 
 
@@ -116,6 +116,12 @@ class _Disk(FileIO):
             super().truncate(size)
         except OSError as error:
             self.error = self.error or error
+
+
+def _errno(error):
+    """The system's number of an error, which h5py tells in the text alone once a file is open."""
+    told = re.search(r"\berrno = (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(told[1]) if told else None)
 
 
 def _number(data, start, size):

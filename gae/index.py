@@ -7,6 +7,7 @@ What it writes depends on the files' content alone, so DVC goes on only where so
 import os
 import re
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -73,16 +74,19 @@ def index(params, out, remembered):
 
 
 class _Part(BaseModel):
-    """A part of an index that is read back: what is not named here is passed on."""
+    """A part of an index that is read back: what the next stages use of it."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class _File(_Part):
-    path: str = Field(min_length=1)
+    path: str = Field(pattern=r"^[^\x00]+$")
     key: str = Field(pattern="^[0-9a-f]{32}$")  # becomes the name of a file
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     seconds: float
+
+
+_Line = Annotated[list[_File], Field(min_length=1)]
 
 
 class _Skipped(_Part):
@@ -92,8 +96,8 @@ class _Skipped(_Part):
 
 
 class _Index(_Part):
-    train: list[list[_File]]
-    convert: list[list[_File]]
+    train: list[_Line]
+    convert: list[_Line]
     skipped: list[_Skipped]
 
 

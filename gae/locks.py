@@ -22,12 +22,25 @@ def alone(folder):
     GaeError
         If another process has it.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = _locked(folder)
     try:
-        _lock(handle, folder)
         yield
     finally:
+        os.close(handle)
+
+
+def _locked(folder):
+    """A folder, opened and locked; once more if another process removed it meanwhile, as the last thing it did there."""
+    while True:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(handle, folder)
+            if os.path.exists(folder) and os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
 
 

@@ -51,9 +51,10 @@ class Model:
         return f"<Model: {self.sizes.n_maps} features from {frames}{self.sha256 and f', sha256 {self.sha256[:12]}'}>"
 
     def __post_init__(self):
-        for array in self.weights.values():
+        weights = {name: array.view() for name, array in self.weights.items()}  # the caller's own stay as they are
+        for array in weights.values():
             array.setflags(write=False)  # what is derived from them is remembered
-        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+        object.__setattr__(self, "weights", MappingProxyType(weights))
 
     def __reduce__(self):  # copies are as fixed as this
         return Model, (dict(self.weights), self.sizes, self.cqt, self.facts, self.sha256)

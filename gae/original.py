@@ -31,6 +31,7 @@ _TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2"}
 _PARAMETERS = {"_rebuild_parameter", "_rebuild_parameter_with_state", "Parameter"}
 _WANTED = ("conv_x.weight", "conv_y.weight", "conv_m1.weight", "conv_m1.bias", "conv_m2.weight", "conv_m2.bias")
 _UNUSED = {"bias_x"}  # the mapping does without it
+_PLAIN = {"stride": (1, 1), "dilation": (1, 1), "groups": 1}  # of a layer: with others it would map otherwise
 _NAMES = {
     "collections": {"OrderedDict"},
     "builtins": {"set"},
@@ -123,6 +124,8 @@ def from_arrays(wx, wy, m1, b1, m2, b2):
     FormatError
         If the shapes don't fit together or a weight is NaN or infinite.
     """
+    if [np.ndim(array) for array in (wx, wy, m1, b1, m2, b2)] != [3, 2, 2, 1, 2, 1]:
+        raise FormatError("weights have other dimensions than the original's")
     n_factors, n_bins, context = wx.shape
     arrays = {
         "filters_x": wx.transpose(0, 2, 1).reshape(n_factors, context * n_bins),
@@ -190,10 +193,21 @@ def _read_row(data):
 def _parameters(saved):
     """The tensors of the module by name, as records."""
     if isinstance(saved, dict):  # its state_dict alone
-        return saved
-    layers = saved.state["_modules"]
-    named = {f"{layer}.{name}": value for layer in layers for name, value in layers[layer].state["_parameters"].items()}
+        return _few(saved)
+    layers = {"": saved, **{f"{name}.": layer for name, layer in _few(saved.state["_modules"]).items()}}
+    for name, layer in layers.items():
+        for option, plain in _PLAIN.items():
+            if layer.state.get(option, plain) != plain:
+                raise FormatError(f"refused {name}{option} {layer.state[option]}, which the original does not have"[:120])
+    named = {name + key: value for name, layer in layers.items() for key, value in _few(layer.state.get("_parameters", {})).items()}
     return {name: value for name, value in named.items() if value is not None}  # a bias that a layer does without
+
+
+def _few(entries):
+    """Layers or parameters by name: no more, and no longer named, than a network of this size has."""
+    if len(entries) > 16 or max(map(len, entries), default=0) > 100:
+        raise FormatError("refused more layers or parameters than the original has")
+    return entries
 
 
 def _tensor(record, storage):
@@ -353,6 +367,8 @@ def _items(arguments):
     items = arguments[0] if arguments else ()
     if len(arguments) > 1 or not isinstance(items, tuple | list):
         raise FormatError("refused a container that is not made of a list")
+    if len(items) > 64:
+        raise FormatError("refused a container of more than any of weights holds")
     return items
 
 
@@ -367,7 +383,13 @@ def _persistent(identity):
 
 
 def _pairs(items):
-    return {_text(key): value for key, value in items}
+    return {_text(key): value for key, value in map(_pair, items)}
+
+
+def _pair(item):
+    if not isinstance(item, tuple | list):  # two signs of a text would do
+        raise FormatError("refused what is no pair of a key and a value")
+    return item
 
 
 def _text(key):

@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 import re
 import reprlib
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gae.errors import ParamsError, reason
 
@@ -234,7 +235,7 @@ class Plot(Section):
 
     interval: int = Field(2000, ge=1, description="steps of training between two drawings of the network; of the next training")
     seconds: float = Field(20.0, gt=0, le=3600, description="length of the excerpts drawn, in s")
-    filters: int = Field(48, ge=1, le=4096, description="filters drawn")
+    filters: int = Field(48, ge=1, le=1024, description="filters drawn")
     dpi: int = Field(110, ge=30, le=600, description="resolution, in dots an inch")
 
 
@@ -251,6 +252,12 @@ class Compute(Section):
         min_length=1,
         description="where computed frames wait for their shard: a folder, or a URL (s3://bucket/staging) if workers see no files of ours",
     )
+
+    @field_validator("staging")
+    @classmethod
+    def _at_home(cls, staging):
+        return os.path.expanduser(staging)
+
     checkpoint_seconds: float = Field(
         30.0, ge=0, le=60, description="time between checkpoints of a training, in s: at most this much work is lost, and 25 steps more"
     )
@@ -394,7 +401,7 @@ def _override(values, override):
     if values.get(section) is None:
         values[section] = {}
     if isinstance(values[section], dict):  # if not, validation says so
-        values[section][name] = _parse(value, f"--set {override}")
+        values[section] = {**values[section], name: _parse(value, f"--set {override}")}  # an alias of YAML is the same dictionary elsewhere
 
 
 def _explain(error):

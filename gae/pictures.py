@@ -46,6 +46,7 @@ _COLOURS = {
 _MAGNITUDE, _SIGNED = "magma", "RdBu_r"
 _INTERVAL = 5  # semitones by which the pictures of a reconstruction are transposed
 _DIAGONAL = 8  # successive pooled frames compared at a time in it
+_TITLE = 60  # signs of a name in a title
 _COLUMNS = 16  # filters beside each other
 
 
@@ -74,9 +75,10 @@ def draw_network(network, cqt, frames, folder, step=None, plot=None, past=0, beg
     frames = frames[: past + excerpt_length(plot, cqt)]
     mapping = extract_frames(frames, network)[past:]
     third = max(2, len(mapping) // 3)
-    target, rebuilt = (some[past:] for some in _rebuild(frames[: past + third], network, cqt.bins(_INTERVAL)))
+    bins = min(max(1, cqt.bins(_INTERVAL)), cqt.n_bins - 1)
+    target, rebuilt = (some[past:] for some in _rebuild(frames[: past + third], network, bins))
     frames, folder = frames[past:], Path(folder)
-    draw_reconstruction(frames[:third], target, rebuilt, cqt, begin, folder / name.format("reconstruction"), plot, suffix)
+    draw_reconstruction(frames[:third], target, rebuilt, bins, cqt, begin, folder / name.format("reconstruction"), plot, suffix)
     draw_mapping(frames, mapping, cqt, begin, folder / name.format("mapping"), plot, suffix)
     draw_filters_x(network, cqt, folder / name.format("filters_x"), plot, suffix)
     draw_filters_y(network, cqt, folder / name.format("filters_y"), plot, suffix)
@@ -92,19 +94,24 @@ def draw_input(frames, cqt, begin, title, path, plot):
         _scale(figure, image, axes, "standardised magnitude")
 
 
-def draw_reconstruction(frames, target, rebuilt, cqt, begin, path, plot, suffix=""):
-    """Draw frames, the same transposed, and what the network makes of their mapping in the transposed context.
+def draw_reconstruction(frames, target, rebuilt, bins, cqt, begin, path, plot, suffix=""):
+    """Draw frames, the same transposed by some bins, and what the network makes of their mapping in the transposed context.
 
     Parameters
     ----------
     frames, target, rebuilt : ndarray, shape (n_frames, n_bins)
+    bins : int
     """
     error = np.square(rebuilt - target).sum() / max(1e-12, np.square(target).sum())
-    titles = ("As played", f"Target: {_INTERVAL} semitones up", f"Reconstruction, error {100 * error:.0f} %{suffix}")
+    titles = (
+        "As played",
+        f"Target: {bins * 12 / cqt.bins_per_octave:.3g} semitones up",
+        f"Reconstruction, error {100 * error:.0f} %{suffix}",
+    )
     with _picture(path, plot, 3.6) as figure:
         row = figure.subplots(1, 3, sharey=True)
         for axes, values, title in zip(row, (frames, target, rebuilt), titles, strict=True):
-            image = _show_pitch(axes, values, cqt, _times(begin, values, cqt), _range(target), label=axes is row[0])
+            image = _show_pitch(axes, values, cqt, _times(begin, values, cqt), _range(frames), label=axes is row[0])
             axes.set(title=title, xlabel="time (s)")
         _scale(figure, image, row, "standardised magnitude")
 
@@ -290,13 +297,13 @@ def note_ticks(cqt):
     -------
     bins : ndarray of float64
     names : list of str
-        Each C in range, as C2, C3, ...; every semitone where there are fewer than two.
+        Each C in range, as C2, C3, ...; where there are fewer than two, every third semitone, or every one of a dozen.
     """
     midi = np.arange(128)
     bins = cqt.bins_per_octave * np.log2(librosa.midi_to_hz(midi) / cqt.fmin)
     inside = (bins >= -0.5) & (bins <= cqt.n_bins - 0.5)
-    octaves = inside & (midi % 12 == 0)
-    chosen = octaves if octaves.sum() > 1 else inside
+    steps = (12, 3, 1) if inside.sum() > 13 else (12, 1)
+    chosen = next(some for step in steps if (some := inside & (midi % step == 0)).sum() > 1 or step == 1)
     return bins[chosen], librosa.midi_to_note(midi[chosen]).tolist()
 
 
@@ -343,8 +350,8 @@ def _scale(figure, image, axes, label):
 
 
 def _plain(name):
-    """A name of a file as text that is not taken for a formula."""
-    return name.replace("$", r"\$")
+    """A name of a file as text that is not taken for a formula, and fits a title."""
+    return (name if len(name) <= _TITLE else f"{name[: _TITLE // 2]}…{name[-_TITLE // 2 :]}").replace("$", r"\$")
 
 
 def _show_pitch(axes, values, cqt, times, limits, colours=_MAGNITUDE, label=True):

@@ -41,6 +41,7 @@ def draw(params, corpus, shards, model, tracks, metrics, figures):
         Folder for the pictures: PNG, those of the tracks in figures/tracks.
     """
     model, evaluation, tracks = load_model(model), read_figures(metrics), Path(tracks)
+    heldout_pieces(corpus)  # before any work, lest it be missing
     if not tracks.is_dir():
         raise FormatError(f"{tracks}: no such folder; run `dvc repro convert`")
     cqt, plot, figures = model.cqt, params.plot, Path(figures)

@@ -1,7 +1,7 @@
 """The listed audio to frames, each content once, kept between runs."""
 
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from gae.cqt import analyse
 from gae.errors import AudioError, FormatError, ListError, StorageError, warn
 from gae.files import PACKAGES, code_digest, content_hash, digest, remove_own, sweep
 from gae.index import read_index
+from gae.locks import alone
 
 _WAITING = re.compile(r"/([0-9a-f]{32})-([0-9]+)\.h5$")  # a track at a URL: its key, and what must be known of it beforehand
 _MADE = "[0-9a-f]{16}"  # a folder of staging: digest of what decides its frames
@@ -47,7 +48,14 @@ def preprocess(params, index_file, out, staging):
         If the index is missing or damaged.
     StorageError
         If what was computed does not arrive, or a storage can't be reached.
+    GaeError
+        If another process uses these folders.
     """
+    with alone(out), nullcontext() if storage.is_url(staging) else alone(staging):
+        _preprocess(params, index_file, out, staging)
+
+
+def _preprocess(params, index_file, out, staging):
     indexed = read_index(index_file)
     indexed["train"] = [[*line, *shifted_views(line, params.data.shifted_views)] for line in indexed["train"]]
     lists = {Path(out) / role: indexed[role] for role in ("train", "convert")}

@@ -259,8 +259,8 @@ def write_folder(folder, lines, sources, cqt, shard_bytes):
 
 
 def copy_track(track, file, cqt):
-    """Copy a track to a shard of its own, and return it as it is there."""
-    _write_shard(file, [track], cqt)
+    """Copy a track to a shard of its own that is soon copied elsewhere, and return it as it is there."""
+    _write_shard(file, [track], cqt, durable=False)
     return replace(track, file=file)
 
 
@@ -291,8 +291,8 @@ def _holds_just(file, count, cqt):
         return len(shard) == count and shard.attrs["cqt"] == _text(cqt)
 
 
-def _write_shard(file, tracks, cqt):
-    with all_fetched([track.file for track in tracks]) as sources, writing(file, cqt) as shard, closing(_Opened()) as opened:
+def _write_shard(file, tracks, cqt, durable=True):
+    with all_fetched([track.file for track in tracks]) as sources, writing(file, cqt, durable) as shard, closing(_Opened()) as opened:
         for track, source in zip(tracks, sources, strict=True):
             if source != track.file:  # only now is all known of it
                 track = replace(read_shard(source)[1][track.key], path=track.path)

@@ -67,20 +67,21 @@ def _local(pattern):
         return set(glob.glob(pattern))
     roots = glob.glob(pattern[: stars.end(1)]) if stars.start() else [stars[1]]
     below = pattern[stars.end() :] or "*"
-    return {path for root in roots for folder in _folders(root) for path in _local(os.path.join(glob.escape(folder), below))}
+    return {path for root in roots for folder in _folders(root, set()) for path in _local(os.path.join(glob.escape(folder), below))}
 
 
-def _folders(folder, above=()):
-    """A folder, and all below it that are not hidden. Links are followed, but not to a folder that one is in already."""
+def _folders(folder, seen, above=()):
+    """A folder, and all below it that are not hidden. Links are followed, but to a folder once, and to none that one is in already."""
     real = os.path.realpath(folder or os.curdir)
-    if any(os.path.commonpath([real, outer]) == real for outer in above):
+    if real in seen or any(os.path.commonpath([real, outer]) == real for outer in above):
         return
+    seen.add(real)
     yield folder
     names = []
     with suppress(OSError), os.scandir(folder or os.curdir) as entries:  # one that can't be read is passed over, as by glob
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     for name in names:
-        yield from _folders(os.path.join(folder, name), (*above, real))
+        yield from _folders(os.path.join(folder, name), seen, (*above, real))
 
 
 def stamp(path):

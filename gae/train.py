@@ -19,7 +19,7 @@ from gae.checkpoints import Checkpoints
 from gae.compute import give_back_memory
 from gae.cqt import transpose
 from gae.errors import TrainingError, reason, warn
-from gae.files import code_digest, digest, read_json, write_json
+from gae.files import code_digest, digest, write_json
 from gae.measures import invariance_top1, mean_and_error
 from gae.model import GatedAutoencoder, contrast, save_model, sparsity
 from gae.muon import Muon
@@ -114,7 +114,8 @@ class Run:
             least = f"{n_frames * shards.cqt.frame_seconds:.1f} s (train.block and what model.context reaches back)"
             warn(f"{short} of {len(shards.lines)} lines of the training list are shorter than {least} and not trained on")
         dtypes = sorted({track.dtype for track in shards.tracks.values()})
-        self.data = digest([read_json(shards.folder / "index.json"), shards.cqt.model_dump(), dtypes])
+        listed = [[(track.key, track.n_frames) for track in line] for line in shards.lines]
+        self.data = digest([listed, shards.cqt.model_dump(), dtypes])
         lines, held_out = split(usable, params.train.validation)
         self.excerpts = Excerpts(shards, lines, params.model.lags, params.train, fabric.global_rank, fabric.world_size)
         self.validation = Validation(shards, held_out, params.model.reach, params.train.seed)

@@ -377,3 +377,41 @@ def test_a_few_samples_less_than_claimed_are_no_truncation(tmp_path, monkeypatch
             audio.probe(path)
     else:
         assert audio.probe(path).n_samples == 44100
+
+
+@pytest.mark.parametrize("tail", [b"\n", bytes(300), b"TAG" + bytes(125)], ids=["line feed", "zeros", "ID3v1"])
+def test_what_stands_behind_an_ogg_file_does_not_matter(write, tail):
+    path = write("tagged.ogg", tiny.tone(1, 48000), 48000)
+    whole = audio.load(path, 48000)
+    path.write_bytes(path.read_bytes() + tail)
+    assert np.array_equal(audio.load(path, 48000), whole)
+
+
+def test_flac_without_a_length_is_read_to_its_end(write):
+    """As encoders write it that can't go back to the header: into a pipe."""
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 700_000).astype(np.float32)
+    path = write("piped.flac", samples, 44100)
+    whole, content = audio.load(path, 44100), bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)  # the number of samples, in STREAMINFO
+    path.write_bytes(content)
+    assert np.array_equal(audio.load(path, 44100), whole) and audio.claimed_seconds(path) == 0
+    path.write_bytes(content[: len(content) // 2])
+    assert "damaged" in refuse(path)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_disk_that_fails_is_not_called_damaged_audio(write, monkeypatch, after):
+    path, read, count = write("sound.wav", tiny.tone(1, 22050)), soundfile.SoundFile.read, 0
+
+    def fail(file, *arguments, **more):
+        nonlocal count
+        count += 1
+        if count > after:
+            raise soundfile.LibsndfileError(2)
+        return read(file, 1000, **more)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", fail)
+    with pytest.raises(OSError, match="Input/output error") as failing:
+        audio.probe(path)
+    assert failing.value.filename == str(path)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gae import filelists
 from gae.errors import ListError
 from gae.filelists import check_list, read_list
 
@@ -334,3 +335,37 @@ def test_only_what_is_to_come_may_be_missing(folder):
     (folder / "early.txt").write_text("made/*/1.flac\nmusic/three.wav\n")
     with pytest.raises(ListError, match=r"early\.txt, line 2: no such file: music/three\.wav"):
         check_list("early.txt", "made")
+
+
+def test_folders_that_link_to_each_other_are_walked_once(tmp_path, monkeypatch):
+    """Each path from one to another would else be a way of its own: 20 folders, more than could ever be walked."""
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path / f"music/{number:02}" for number in range(20)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}.wav").touch()
+    for folder in folders:
+        for other in folders:
+            if other != folder:
+                (folder / f"to{other.name}").symlink_to(other)
+    (tmp_path / "list.txt").write_text("music/**/*.wav\n")
+    found = [line.paths[0] for line in read_list(tmp_path / "list.txt")]
+    assert sorted(os.path.basename(path) for path in found) == [f"{number:02}.wav" for number in range(20)]
+
+
+def test_many_stars_are_told_apart_in_little_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        for number in (1, 2):
+            (tmp_path / folder / f"{'a' * 100}b{'a' * 100}{number}.wav").touch()
+    stars = "*a" * 12
+    (tmp_path / "list.txt").write_text(f"x/{stars}*b*.wav\ty/{stars}*b*.wav\n")
+    assert [[os.path.basename(path)[-5] for path in line.paths] for line in read_list(tmp_path / "list.txt")] == [["1", "1"], ["2", "2"]]
+
+
+def test_a_comment_behind_a_web_address_is_not_asked_for(monkeypatch):
+    """A server may answer 403 to what is not there."""
+    asked = []
+    monkeypatch.setattr("gae.filelists.kind", lambda path: asked.append(path) or "file")
+    assert filelists._columns("https://example.org/a.flac  # the first") == ["https://example.org/a.flac"] and asked == []

@@ -57,3 +57,12 @@ def test_a_disk_that_fills_up_is_one_error_and_no_chatter(tmp_path, monkeypatch,
     with pytest.raises(OSError, match="No space left"), hdf5.create(tmp_path / "file.h5") as file:
         fill(file)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_disk_that_fails_once_a_file_is_open_is_not_called_damage(tmp_path):
+    """H5py then tells the system's number in the text of a RuntimeError."""
+    with hdf5.create(tmp_path / "file.h5") as file:
+        fill(file)
+    with pytest.raises(OSError) as failed, hdf5.opened(tmp_path / "file.h5", "shard", "make it again"):
+        raise RuntimeError("Unable to get group info (file read failed: time = 1, errno = 5, error message = 'Input/output error')")
+    assert (failed.value.errno, failed.value.filename) == (errno.EIO, str(tmp_path / "file.h5"))

@@ -11,7 +11,7 @@ import tiny
 
 from gae import index as module
 from gae import params
-from gae.errors import AudioError, ListError
+from gae.errors import AudioError, FormatError, ListError
 from gae.files import read_json, write_json
 from gae.index import index
 
@@ -289,3 +289,32 @@ def test_a_link_to_nothing_that_a_glob_finds_is_told(folder, opened):
         "music/a0.wav: No such file or directory; check the path and its permissions",
         "music/a1.wav: Too many levels of symbolic links; check the path and its permissions",
     ]
+
+
+def test_a_file_on_a_disk_that_fails_is_tried_again(folder, opened, monkeypatch):
+    before = look()
+    os.unlink("memory.json")
+    with monkeypatch.context() as failing:
+        failing.setattr(module.audio, "probe", fail_with(OSError(5, "Input/output error", "music/a.wav")))
+        with pytest.raises(ListError):
+            look()
+    opened.clear()
+    assert look() == before and len(opened) == 4
+
+
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("damage", [{"train": [[]]}, {"path": "a\0.wav"}, {"path": ""}])
+def test_an_index_that_nobody_wrote_is_refused(folder, opened, damage):
+    look()
+    found = read_json("index.json")
+    if "path" in damage:
+        found["train"][0][0]["path"] = damage["path"]
+    write_json("index.json", found | {key: value for key, value in damage.items() if key == "train"})
+    with pytest.raises(FormatError, match=r"index\.json: missing or damaged; run `dvc repro index`"):
+        module.read_index("index.json")

@@ -281,6 +281,16 @@ def claimed(size, shape, strides, key="0"):
     return op(b"\x80\x02}(", *(op(text(name), tensor) for name in names), b"u.")
 
 
+def crossed(count, length):
+    """A module of so many layers that share so many parameters, all of long names."""
+    names = [f"{number:0{length}}" for number in range(count)]
+    record = op(b"ctorch.nn.modules.conv\nConv2d\n)\x81")
+    parameters = op(b"}(", *(op(text(name), b"K\x01") for name in names), b"u")
+    layer = op(record, b"}", text("_parameters"), parameters, b"sbq\x00")
+    layers = op(b"}(", *(op(text(name), layer if not number else b"h\x00") for number, name in enumerate(names)), b"u")
+    return op(b"\x80\x02ccgae\nC_GAE\n)\x81}", text("_modules"), layers, b"sb.")
+
+
 GREEDY = {
     "storage": zipped(claimed(10**12, (10**6, 1, 10**3, 10**3), (10**6, 1, 10**3, 1)), **{"0": bytes(16)}),
     "strides": zipped(claimed(4, (10**6, 1, 10**3, 10**3), (0, 0, 0, 0)), **{"0": bytes(16)}),
@@ -294,6 +304,10 @@ GREEDY = {
     "copies": zipped(op(b"\x80\x02](", b"K\x01" * 9_000, b"eq\x00", op(b"ctorch\nSize\n", b"h\x00\x85R") * 200_000, b".")),
     "copies of a text": zipped(op(b"\x80\x02", text("a" * 300_000), b"q\x00", op(b"ctorch\nSize\n", b"h\x00\x85R") * 2_000, b".")),
     "long": zipped(b"\x80\x02" + b"N" * 5_000_000 + b"."),
+    "names by names": zipped(crossed(2_000, 60)),
+    "copies of pairs": zipped(
+        op(b"\x80\x02](", text("ab") * 3_000, b"eq\x00", op(b"ccollections\nOrderedDict\n", b"h\x00\x85R") * 3_000, b".")
+    ),
     "deep": zipped(b"\x80\x02}" + b")" + b"\x85" * 9_000 + b"Ns."),
     "deeper": zipped(b"\x80\x02(c" + b"a." * 100_000 + b"\nb\n."),
     "deflated": zipped(bytes(40_000_000), zipfile.ZIP_DEFLATED),
@@ -377,3 +391,22 @@ def test_published_arrays_make_a_model():
         factors = x * (arrays["wy"] @ frames[t])
         mapping = np.tanh(arrays["m2"] @ np.tanh(arrays["m1"] @ factors + arrays["b1"]) + arrays["b2"])
     assert np.abs(extract_frames(frames, model)[t] - mapping).max() < 1e-5
+
+
+@pytest.mark.parametrize("change", [{"dilation": (2, 1)}, {"stride": (2, 1)}, {"groups": 2}])
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_map_otherwise_are_refused(cgae, tmp_path, change):
+    network = cgae.C_GAE()
+    ((option, value),) = change.items()
+    setattr(network.conv_x, option, value)
+    torch.save(network, tmp_path / "model.save")
+    with pytest.raises(FormatError, match=f"refused conv_x.{option}"):
+        read_original(tmp_path / "model.save")
+
+
+def test_arrays_of_other_dimensions_are_refused():
+    arrays = [np.ones(shape) for shape in [(3, 6, 5), (3, 6), (4, 3), (4,), (2, 4), (2,)]]
+    from_arrays(*arrays)
+    for n in range(6):
+        with pytest.raises(FormatError, match="other dimensions"):
+            from_arrays(*arrays[:n], np.float64(1), *arrays[n + 1 :])

@@ -285,3 +285,14 @@ def test_a_stage_prints_what_the_terminal_can_show(monkeypatch):
     with stage("A stage.", reads=["plot"]):
         print("90.1 ± 2.0", flush=True)
     assert shown.getvalue() == b"90.1 ? 2.0\n"
+
+
+def test_an_override_changes_one_section_though_an_alias_makes_them_the_same(tmp_path):
+    (tmp_path / "params.yaml").write_text("corpus: &same {seed: 2}\nevaluate: *same\n")
+    values = params.load(tmp_path / "params.yaml", ["corpus.seed=5"])
+    assert (values.corpus.seed, values.evaluate.seed) == (5, 2)
+
+
+def test_a_staging_folder_may_lie_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert params.validate({"compute": {"staging": "~/frames"}}).compute.staging == "/home/somebody/frames"

@@ -233,3 +233,18 @@ def test_losses_are_drawn_whatever_was_measured_when(tmp_path):
         draw_losses(rows, tmp_path / f"{len(rows)}.png", PLOT)
         assert is_a_picture(tmp_path / f"{len(rows)}.png")
     draw_losses([], tmp_path / "none.png", PLOT)
+
+
+@pytest.mark.parametrize(("fmin", "n_bins"), [(70.0, 46), (65.4, 24), (65.4, 20)])
+def test_notes_of_one_octave_or_two_are_a_dozen_at_most(fmin, n_bins):
+    bins, names = note_ticks(Cqt(fmin=fmin, n_bins=n_bins))
+    assert 2 <= len(names) <= 13 and len(names) == len(bins)
+
+
+def test_a_reconstruction_says_how_far_it_is_moved(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(pictures, "draw_reconstruction", lambda frames, target, rebuilt, bins, *more: said.append((bins, target.any())))
+    coarse = tiny.CQT.model_copy(update={"bins_per_octave": 1, "n_bins": 4})
+    model = tiny.model(cqt=coarse)
+    draw_network(model.network, coarse, tiny.frames(60, n_bins=4), tmp_path, plot=PLOT)
+    assert said == [(1, True)]

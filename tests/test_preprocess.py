@@ -17,8 +17,9 @@ from gae import params
 from gae import preprocess as module
 from gae.audio import load
 from gae.cqt import frames
-from gae.errors import AudioError, FormatError, ListError
+from gae.errors import AudioError, FormatError, GaeError, ListError
 from gae.files import read_json, write_json
+from gae.locks import alone
 from gae.preprocess import preprocess
 from gae.shards import Shards
 
@@ -367,3 +368,10 @@ def test_frames_of_other_code_are_computed_again(folder, computed, monkeypatch):
     monkeypatch.setattr(module, "_code", lambda: "0" * 64)
     run()
     assert len(computed) == 6 and content() == fresh() != before
+
+
+def test_a_second_run_beside_the_first_is_refused_wherever_it_writes(folder, computed):
+    """It would clear up what waits for the other's shards."""
+    with alone("staging"), pytest.raises(GaeError, match="staging: another run is writing here"):
+        run()
+    run()
