@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gae import params
 from gae.compute import keep_memory
 from gae.model import GatedAutoencoder
-from gae.train import PRECISIONS, Objective, optimisers_of, settled
+from gae.processes import PRECISIONS, settled
+from gae.train import Objective, optimisers_of
 
 
 class Original(nn.Module):
