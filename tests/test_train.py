@@ -15,7 +15,7 @@ import tiny
 import torch
 from servers import free_port
 
-from gae import params
+from gae import params, pictures, view
 from gae import train as module
 from gae.checkpoints import Checkpoints
 from gae.errors import GaeError, TrainingError, explained
@@ -48,8 +48,8 @@ def shards(tmp_path_factory):
 @pytest.fixture
 def quiet(monkeypatch):
     """Drawings are files of their step, and pauses that validate are many."""
-    monkeypatch.setattr(module.plot, "draw_network", draw_nothing)
-    monkeypatch.setattr(module.plot, "draw_losses", lambda history, path: None)
+    monkeypatch.setattr(pictures, "draw_network", draw_nothing)
+    monkeypatch.setattr(pictures, "draw_losses", lambda history, path: None)
     monkeypatch.setattr(module, "VALIDATION_STEPS", 50)
     monkeypatch.setattr(module, "_VALIDATION_FRAMES", 100)
 
@@ -152,7 +152,7 @@ def test_the_network_is_drawn_at_the_first_pause_after_each_interval(shards, tmp
 
 
 def test_drawings_do_not_depend_on_the_bar(shards, tmp_path, quiet, monkeypatch):
-    monkeypatch.setattr(module, "tqdm", partial(module.tqdm, disable=True))
+    monkeypatch.setattr(view, "tqdm", partial(view.tqdm, disable=True))
     learn(recipe().model_copy(update={"plot": params.Plot(interval=50)}), shards, tmp_path)
     assert sorted(int(path.stem[-7:]) for path in (tmp_path / "network").iterdir()) == [50, 85]
 
@@ -161,7 +161,7 @@ def test_the_bar_is_ended_before_an_error_is_told(shards, tmp_path, quiet, monke
     def full(view, row):
         raise OSError
 
-    monkeypatch.setattr(module.View, "_log", full)
+    monkeypatch.setattr(view.View, "_log", full)
     with pytest.raises(OSError):
         learn(recipe(), shards, tmp_path)
     assert "train:" in (said := capfd.readouterr().err) and said.endswith("\n")
@@ -791,7 +791,7 @@ def test_training_learns(tmp_path, quiet, monkeypatch):
 
 def run_in_process(settings, shards, folder):
     """The body of a process that is to be killed."""
-    module.plot.draw_network = draw_nothing
+    pictures.draw_network = draw_nothing
     torch.set_num_threads(1)
     train(params.validate(settings), shards, **places(folder))
 
