@@ -142,7 +142,7 @@ def beats_within(estimated, true, tolerances):
 def bootstrap(values, n, seed):
     """Standard error of the mean over tracks, by drawing the tracks again with replacement.
 
-    Times sqrt(n_tracks / (n_tracks - 1)): means of few tracks vary too little by it.
+    Times sqrt(n_tracks / (n_tracks - 1)), without which it is too small for few tracks.
 
     Parameters
     ----------
@@ -169,8 +169,8 @@ def bootstrap(values, n, seed):
 def mean_and_error(found):
     """The share of frames found, and its standard error over the tracks.
 
-    Frames of one piece fail together. So the error is that of as many means as there are tracks, but never less than that of
-    frames that know nothing of each other, sqrt(p (1 - p) / n): few tracks may agree by chance, and one says nothing of others.
+    Frames of one piece fail together, so this is the standard error of the tracks' means; but at least that of independent
+    frames, sqrt(p (1 - p) / n): few tracks may agree by chance, and one says nothing of others.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ class Corpus(Section):
     views: int = Field(3, ge=2, le=8, description="sounds in which a training piece is rendered; data/train.txt names three")
     view_transposition: int = Field(6, ge=0, le=12, description="views but the first are transposed by up to this, in semitones")
     human: float = Field(
-        0.6, ge=0, le=1, description="share of training pieces in a person's timing, of views in a person's loudness, with the pedal"
+        0.6, ge=0, le=1, description="share of training pieces in human timing; same share of views in human loudness, with the pedal"
     )
     arranged: float = Field(
         0.7,
@@ -63,11 +63,11 @@ class Data(Section):
     train_list: str = Field("data/train.txt", min_length=1, description="text file that lists the audio to train on")
     convert_list: str = Field("data/convert.txt", min_length=1, description="text file that lists the audio to convert")
     shifted_views: int = Field(
-        1, ge=0, le=12, description="views that a pitch shifter makes of a track that is listed without, by 1 to 6 semitones"
+        1, ge=0, le=12, description="pitch-shifted views made of a track that is listed without views, by 1 to 6 semitones"
     )
     on_error: Literal["skip", "stop"] = Field("skip", description="what an unusable audio file does to the run")
     dtype: Literal["float16", "float32"] = Field("float16", description="type in which frames are stored")
-    shard_mb: int = Field(256, ge=1, le=65536, description="size of a shard that is not exceeded by much, in MB")
+    shard_mb: int = Field(256, ge=1, le=65536, description="largest size of a shard, about, in MB")
 
 
 class Cqt(Section):
@@ -216,7 +216,11 @@ class Train(Section):
 class Convert(Section):
     """How features are computed."""
 
-    weights: str = Field("models/gae.safetensors", min_length=1, description="model file; models/pretrained*.safetensors need no training")
+    weights: str = Field(
+        "models/gae.safetensors",
+        min_length=1,
+        description="model file; models/pretrained.safetensors and, with cqt.hop_length 896, models/pretrained-fast.safetensors need no training",
+    )
     dtype: Literal["float16", "float32"] = Field("float32", description="type in which features are stored")
 
 
