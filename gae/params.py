@@ -219,7 +219,7 @@ class Convert(Section):
     weights: str = Field(
         "models/gae.safetensors",
         min_length=1,
-        description="model file; models/pretrained.safetensors and, with cqt.hop_length 896, models/pretrained-fast.safetensors need no training",
+        description="model file; models/pretrained.safetensors or, with cqt.hop_length 896, pretrained-fast.safetensors need no training",
     )
     dtype: Literal["float16", "float32"] = Field("float32", description="type in which features are stored")
 
