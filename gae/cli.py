@@ -68,7 +68,9 @@ def _import_weights(given):
 
 def _outs(paths, out, suffix):
     """The feature file of each input: `out` itself, or one in the folder `out`."""
-    paths = list(dict.fromkeys(paths))
+    if not (out and all(paths)):
+        raise FormatError(f"{'AUDIO' if out else '--out'}: an empty name; write the path of a file")
+    paths = list({path if is_url(path) else os.path.abspath(path): path for path in reversed(paths)}.values())[::-1]
     if len(paths) == 1 and not out.endswith("/") and not Path(out).is_dir():
         if not Path(out).suffix:
             raise FormatError(f"{out}: neither a feature file ({', '.join(SUFFIXES)}) nor a folder; end a folder's name in /")

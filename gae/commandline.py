@@ -31,7 +31,8 @@ def stage(description, reads, **paths):
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while the stage was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a sign; the files have it
+    if sys.stdout:  # may be closed
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a sign; the files have it
     parser = argparse.ArgumentParser(
         description=description,
         epilog="parameters read (key = default  meaning; what is allowed):\n" + params.describe(reads),

@@ -26,6 +26,7 @@ from gae.storage import is_url
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _RETRIES = 3  # of a track whose Dask worker died
 _PATIENCE = 10  # s to wait for a Dask scheduler
+_at_work = False  # whether this process is at a unit of work
 
 
 def map_tracks(function, items, compute, label, arguments=()):
@@ -128,13 +129,38 @@ def _executor(compute):
         return
     # children read these when they import numpy: one thread each, as many processes as cores
     with _environment(dict.fromkeys(_THREADS, "1")):
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
+        pool = _Processes(workers, multiprocessing.get_context("spawn"), initializer=_begin)
         try:
             yield pool
         except BrokenProcessPool:
             raise GaeError("a worker process was killed (out of memory?); run again, it goes on where it was") from None
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            with _undisturbed():
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Processes(ProcessPoolExecutor):
+    """Processes that Ctrl-C does not reach before `_begin` has set them up: it would find them importing, and end in a traceback."""
+
+    def submit(self, function, /, *arguments, **more):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # those that it starts inherit it
+        try:
+            return super().submit(function, *arguments, **more)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _undisturbed():
+    """Ctrl-C waits: it would break off the end of a pool, whose workers then wait for work for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def n_cores():
@@ -192,10 +218,18 @@ def _dask_client(compute, workers):
 
 def _begin():
     """Set up a worker process."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by the stage's file, which it imports too: it would leave copies behind
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _break_off)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     keep_memory()
     _end_with_parent()
+
+
+def _break_off(*_):
+    """Ctrl-C in a worker process ends the unit of work that it is at, once, lest copies be left behind; the rest is its parent's."""
+    global _at_work
+    if _at_work:
+        _at_work = False
+        raise KeyboardInterrupt
 
 
 def _end_with_parent():
@@ -215,8 +249,13 @@ def _at(folder, code, function, *arguments):
             f"the worker on {socket.gethostname()} has another gae, or other versions of {', '.join(PACKAGES)}, than this machine; "
             "install the same there and start it again"
         )
+    global _at_work
     with _working_folder.at(folder):
-        return function(*arguments)
+        _at_work = True
+        try:
+            return function(*arguments)
+        finally:
+            _at_work = False
 
 
 class _WorkingFolder:

@@ -221,6 +221,8 @@ def _mono(samples, sample_rate):
     rate_fits = isinstance(sample_rate, int | float | np.number) and 1000 <= sample_rate <= 768_000
     if not rate_fits:
         raise AudioError(f"sample_rate: got {sample_rate!r}, allowed: 1000 to 768000 Hz")
+    if isinstance(samples, np.ma.MaskedArray):
+        raise AudioError("samples: a masked array; fill what is masked first, samples.filled(0)")
     try:
         samples = np.asarray(samples)
     except (ValueError, TypeError, RuntimeError):  # ragged, or a tensor that can't become an array

@@ -11,6 +11,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "shorten it",
     errno.EEXIST: "remove it or name another",
     errno.ENOTDIR: "name a folder",
+    errno.EPIPE: "nothing reads what is printed; files are written all the same",
     errno.EAGAIN: "let the program end that has it open, then run this again",
 }
 

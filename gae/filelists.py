@@ -50,10 +50,10 @@ def read_list(file):
     kinds = each(kind, dict.fromkeys(column for columns in rows for column in columns if is_url(column)))
     for number, columns in enumerate(rows, start=1):
         for paths in _expand(columns, f"{file}, line {number}", kinds):
-            if paths in seen:
+            if (spelt := tuple(path if is_url(path) else os.path.abspath(path) for path in paths)) in seen:
                 warn(f"{file}, line {number}: {paths[0]} is listed before; used once")
                 continue
-            seen.add(paths)
+            seen.add(spelt)
             lines.append(Line(paths, number))
     return lines
 
@@ -173,7 +173,8 @@ def _files(pattern, where, kinds=None):
     found = _matches(pattern, where) if glob.has_magic(pattern) else []
     if not found:
         complaint = "no file matches" if glob.has_magic(pattern) else "no such file:"
-        raise ListError(f"{where}: {complaint} {pattern}; correct the path or take the line out")
+        hint = ", or separate views by a tab" if re.search(r"\s{2,}", pattern) else ""
+        raise ListError(f"{where}: {complaint} {pattern}; correct the path{hint} or take the line out")
     for path in found:
         if path.encode(errors="ignore").decode().splitlines() != [path]:
             raise ListError(f"{where}: {path!a} has a name that can't be written as a line of UTF-8 text; rename it")

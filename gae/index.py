@@ -92,6 +92,7 @@ _Line = Annotated[list[_File], Field(min_length=1)]
 class _Skipped(_Part):
     path: str
     list: str
+    line: int | None
     reason: str
 
 

@@ -4,6 +4,7 @@ A model file (.safetensors, by `gae.model.save_model`) is enough to go from audi
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,6 +90,8 @@ def load_model(path: str | Path | None = None) -> Model:
     FormatError
         If it is missing, damaged, no model of ours, or of another version.
     """
+    if not (path is None or isinstance(path, Path) or (isinstance(path, str) and path)):
+        raise FormatError(f"model: got {reprlib.repr(path)}; give a path, {' or '.join(SHIPPED)}, or what gae.load_model gives")
     name = SHIPPED[0] if path is None else str(path)
     path = _shipped(name) if name in SHIPPED else Path(name)
     facts, weights = _read(path)

@@ -196,7 +196,7 @@ def test_a_bar_shows_no_more_of_a_name_than_a_terminal_takes(folder, weights, ca
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_conversion_leaves_nothing_half_written(folder, weights, sent):
     code = """
-import signal, time, tiny, gae.cli, gae.features
+import signal, time, tiny, gae.cli, gae.mapping
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 
@@ -214,3 +214,24 @@ gae.cli.main()
     process.send_signal(sent)
     assert process.communicate(timeout=60)[1] == "gae: interrupted; files that are written are whole\n"
     assert process.returncode == 1 and not list((folder / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["convert", "a.wav", "--out", ""], ["convert", "", "--out", "a.h5"], ["convert", "a.wav", "--out", "a.h5", "--weights", ""]],
+)
+def test_an_empty_name_is_refused(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", tiny.tone(1, 8000), 8000)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ("an empty name" in str(ended.value) or "give a path" in str(ended.value)) and [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_one_file_in_two_spellings_is_converted_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", tiny.tone(1, 8000), 8000)
+    save_model("tiny.safetensors", tiny.model().network, tiny.CQT)
+    with pytest.raises(SystemExit):
+        main(["convert", "a.wav", "./a.wav", str(tmp_path / "a.wav"), "--out", "features/", "--weights", "tiny.safetensors"])
+    assert [path.name for path in Path("features").iterdir()] == ["a.h5"]

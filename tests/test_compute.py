@@ -1,10 +1,13 @@
 """Work over tracks: the same results from processes, from a Dask cluster, and from one that loses a worker."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import dask
 import pytest
@@ -113,3 +116,38 @@ def test_a_cluster_is_started_through_slurm(tmp_path, monkeypatch):
         reports = map_tracks(slow_copy, [1, 2, 3], Compute(cluster="slurm", workers=2), "slurm", (str(tmp_path),))
     assert [item for item, _ in reports] == [1, 2, 3] and os.getpid() not in {pid for _, pid in reports}
     assert len(jobs.read_text().split()) == 2
+
+
+BUSY = """
+import time
+from gae.commandline import one_line_errors
+from gae.compute import map_tracks
+from gae.params import Compute
+
+def work(item):
+    print("at work", flush=True)
+    time.sleep(1)
+
+if __name__ == "__main__":
+    with one_line_errors("busy.py"):
+        map_tracks(work, list(range(40)), Compute(workers=2), "busy")
+"""
+
+
+@pytest.mark.parametrize("apart", [0.05, 0.2])
+def test_ctrl_c_twice_ends_everything_in_one_line(tmp_path, apart):
+    (tmp_path / "busy.py").write_text(BUSY)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    busy = subprocess.Popen([sys.executable, "busy.py"], cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+    try:
+        assert busy.stdout.readline() == "at work\n"
+        for _ in range(2):
+            os.killpg(busy.pid, signal.SIGINT)
+            time.sleep(apart)
+        said = busy.communicate(timeout=60)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(busy.pid, signal.SIGKILL)
+    assert busy.returncode == 1
+    assert said.splitlines()[-1] == "busy.py: interrupted; run it again to go on" and "Traceback" not in said

@@ -403,3 +403,14 @@ def test_model_says_what_it_needs(weights):
     assert (model.cqt, model.sizes, model.facts["train"]) == (tiny.CQT, tiny.SIZES, {"steps": 1})
     for name, array in model.weights.items():
         assert np.array_equal(array, tiny.model().weights[name])
+
+
+def test_what_lies_behind_a_mask_is_not_taken_for_sound():
+    with pytest.raises(AudioError, match=r"fill what is masked first"):
+        extract(np.ma.masked_greater(tiny.tone(1, 8000), 0.2), 8000)
+
+
+def test_what_is_no_model_is_refused_in_one_line():
+    with pytest.raises(FormatError, match=r"model: got .*; give a path, pretrained or pretrained-fast") as refused:
+        extract(tiny.tone(1, 8000), 8000, tiny.model().network)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300

@@ -369,3 +369,12 @@ def test_a_comment_behind_a_web_address_is_not_asked_for(monkeypatch):
     asked = []
     monkeypatch.setattr("gae.filelists.kind", lambda path: asked.append(path) or "file")
     assert filelists._columns("https://example.org/a.flac  # the first") == ["https://example.org/a.flac"] and asked == []
+
+
+def test_one_file_in_two_spellings_is_used_once(paths, capsys):
+    assert paths("a.wav\n./a.wav\nmusic/../a.wav\n") == [("a.wav",)]
+    assert capsys.readouterr().err.count("is listed before; used once") == 2
+
+
+def test_views_that_spaces_set_apart_get_a_hint(refuse):
+    assert "or separate views by a tab" in refuse("a.wav    b.wav")

@@ -296,3 +296,10 @@ def test_an_override_changes_one_section_though_an_alias_makes_them_the_same(tmp
 def test_a_staging_folder_may_lie_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert params.validate({"compute": {"staging": "~/frames"}}).compute.staging == "/home/somebody/frames"
+
+
+def test_a_stage_whose_output_is_closed_runs(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+    monkeypatch.setattr("sys.stdout", None)
+    with stage("Does nothing.", ["corpus"]) as (values, _):
+        assert values.corpus
