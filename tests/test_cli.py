@@ -225,7 +225,9 @@ def test_an_empty_name_is_refused(tmp_path, monkeypatch, capsys, arguments):
     soundfile.write("a.wav", tiny.tone(1, 8000), 8000)
     with pytest.raises(SystemExit) as ended:
         main(arguments)
-    assert ("an empty name" in str(ended.value) or "give a path" in str(ended.value)) and [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+    assert ("an empty name" in str(ended.value) or "give a path" in str(ended.value)) and [path.name for path in tmp_path.iterdir()] == [
+        "a.wav"
+    ]
 
 
 def test_one_file_in_two_spellings_is_converted_once(tmp_path, monkeypatch):
