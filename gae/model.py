@@ -1,4 +1,4 @@
-"""The gated autoencoder, its loss terms, and the file that holds it. Knows frames, not audio.
+"""The gated autoencoder and its loss terms. Knows frames, neither audio nor files.
 
     factors = (U * x) (V y)                      U: n_factors filters of context x n_bins; V: of one frame
     m       = tanh(W2 tanh(W1 factors + b1) + b2)
@@ -11,16 +11,11 @@ ISMIR 2018. The convolution in time (``U * x``) and the first layer's bias share
 published implementation.
 """
 
-import json
 import math
 
 import torch
-from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
-
-from gae.files import replacing
-from gae.modelfile import SCHEMA
 
 _PIECE = 1024  # contexts copied at a time
 
@@ -235,25 +230,3 @@ class _InfoNCE(torch.autograd.Function):
         slope.diagonal(dim1=-2, dim2=-1).sub_(2)
         slope, scale = slope.to(queries.dtype), gradient / (2 * rows.numel() * ctx.temperature)
         return (slope @ keys) * scale, (slope.mT @ queries) * scale, None
-
-
-def save_model(path, model, cqt, dtype="float32", **facts):
-    """Write a model file: weights, and all that is needed to go from audio to features (`gae.modelfile` reads it).
-
-    Parameters
-    ----------
-    path : str or Path
-    model : GatedAutoencoder
-    cqt : gae.params.Cqt
-        How its frames are made.
-    dtype : {"float32", "float16"}
-        Type in which the weights are stored.
-    **facts
-        JSON-able values to keep with it: training parameters, digest of the data, metrics.
-    """
-    facts = {"schema": SCHEMA, "model": model.sizes.model_dump(), "cqt": cqt.model_dump(), **facts}
-    # under one key: safetensors writes several in random order, and equal models must be equal files
-    metadata = {"gae": json.dumps(facts, sort_keys=True)}
-    weights = {name: tensor.detach().cpu().to(getattr(torch, dtype)).contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(path) as partial:
-        partial.write_bytes(save(weights, metadata=metadata))

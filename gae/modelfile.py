@@ -1,6 +1,6 @@
-"""The model file as plain arrays, read without PyTorch: importing that takes longer than converting a song.
+"""The model file: write and read, as plain arrays without PyTorch. Importing that takes longer than converting a song.
 
-A model file (.safetensors, by `gae.model.save_model`) is enough to go from audio to features. Reading executes nothing.
+A model file (.safetensors) is enough to go from audio to features. Reading executes nothing.
 """
 
 import json
@@ -13,11 +13,11 @@ from types import MappingProxyType
 
 import numpy as np
 import safetensors
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from gae import params
 from gae.errors import FormatError, reason
-from gae.files import content_hash
+from gae.files import content_hash, replacing
 
 SCHEMA = 1
 _LARGEST = 1e6  # of weights: by products of smaller ones and the largest sizes that params.yaml may have no feature becomes infinite or NaN
@@ -108,6 +108,29 @@ def load_model(path: str | Path | None = None) -> Model:
     if (problem := problem_of(model)) is not None:
         raise FormatError(f"{path}: {problem}; train again or name another")
     return model
+
+
+def save_model(path, model, cqt, dtype="float32", **facts):
+    """Write a model file: weights, and all that is needed to go from audio to features.
+
+    Parameters
+    ----------
+    path : str or Path
+    model : gae.model.GatedAutoencoder or Model
+    cqt : gae.params.Cqt
+        How its frames are made.
+    dtype : {"float32", "float16"}
+        Type in which the weights are stored.
+    **facts
+        JSON-able values to keep with it: training parameters, digest of the data, metrics.
+    """
+    facts = {"schema": SCHEMA, "model": model.sizes.model_dump(), "cqt": cqt.model_dump(), **facts}
+    # under one key: safetensors writes several in random order, and equal models must be equal files
+    metadata = {"gae": json.dumps(facts, sort_keys=True)}
+    with np.errstate(over="ignore"):  # what becomes infinite is refused when it is read
+        weights = {name: np.ascontiguousarray(array, dtype) for name, array in model.weights.items()}
+    with replacing(path) as partial:
+        partial.write_bytes(save(weights, metadata))
 
 
 def problem_of(model):

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from gae import params
 from gae.errors import FormatError
 from gae.files import content_hash
-from gae.modelfile import Model, problem_of
+from gae.modelfile import Model, problem_of, save_model
 
 _BYTES = 1 << 28  # no file of weights is larger
 _INSTRUCTIONS = 10_000  # in one pickle; the original's has some hundreds
@@ -62,10 +62,8 @@ def import_weights(path, out):
     FormatError
         If it is no such file, or asks for anything but tensors and the modules that hold them.
     """
-    from gae.model import save_model
-
     model = read_original(path)
-    save_model(out, model.network, model.cqt, imported={"name": Path(path).name, "sha256": content_hash(path)})
+    save_model(out, model, model.cqt, imported={"name": Path(path).name, "sha256": content_hash(path)})
 
 
 def read_original(path):

@@ -21,7 +21,8 @@ from gae.cqt import transpose
 from gae.errors import TrainingError, reason, warn
 from gae.files import code_digest, digest, write_json
 from gae.measures import invariance_top1, mean_and_error
-from gae.model import GatedAutoencoder, contrast, save_model, sparsity
+from gae.model import GatedAutoencoder, contrast, sparsity
+from gae.modelfile import save_model
 from gae.muon import Muon
 from gae.processes import alone_with, gatherer, launch, peers, settled, told_once
 from gae.shards import Shards

@@ -37,7 +37,7 @@ from gae.checkpoints import Checkpoints
 from gae.errors import AudioError, FormatError, GaeError
 from gae.filelists import check_list, read_list
 from gae.files import digest, read_json, write_json
-from gae.model import save_model
+from gae.modelfile import save_model
 
 SECONDS = 5  # of processor time that a small file may take
 MEMORY = 150 << 20  # bytes that a small file may take

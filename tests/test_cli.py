@@ -14,8 +14,7 @@ import gae
 from gae.cli import main
 from gae.errors import explained
 from gae.features import SUFFIXES
-from gae.model import save_model
-from gae.modelfile import SHIPPED
+from gae.modelfile import SHIPPED, save_model
 
 PLACES = f"{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parent}"
 

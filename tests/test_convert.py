@@ -16,8 +16,7 @@ from gae.errors import AudioError, FormatError, ParamsError
 from gae.features import read
 from gae.files import content_hash
 from gae.mapping import extract_frames
-from gae.model import save_model
-from gae.modelfile import SHIPPED
+from gae.modelfile import SHIPPED, save_model
 from gae.params import Params
 
 

@@ -13,8 +13,7 @@ from gae.cqt import frames as cqt_frames
 from gae.errors import FormatError, ParamsError
 from gae.evaluate import KINDS, chroma, comparison, copy_error, delayed, evaluate, heldout_pieces, judge, reconstruction_error, table
 from gae.files import read_json
-from gae.model import save_model
-from gae.modelfile import load_model
+from gae.modelfile import load_model, save_model
 from gae.params import Evaluate, Params, Train
 
 RATE = tiny.CQT.sample_rate

@@ -20,8 +20,8 @@ from gae import model as module
 from gae.cqt import transpose
 from gae.errors import FormatError
 from gae.mapping import extract_frames
-from gae.model import GatedAutoencoder, contrast, save_model, sparsity
-from gae.modelfile import load_model
+from gae.model import GatedAutoencoder, contrast, sparsity
+from gae.modelfile import load_model, save_model
 from gae.params import Train
 from gae.train import Objective
 
@@ -373,7 +373,8 @@ def test_a_small_model_file_gives_nearly_the_same(tmp_path, saved, network):
 def test_equal_models_are_equal_files_in_every_process(saved):
     program = """
 import sys, torch, tiny
-from gae.model import GatedAutoencoder, save_model
+from gae.model import GatedAutoencoder
+from gae.modelfile import save_model
 torch.manual_seed(3)
 save_model(sys.argv[1], GatedAutoencoder(36, tiny.SIZES), tiny.CQT, note="für Elise", train={"steps": 3})
 """

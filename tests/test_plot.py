@@ -17,8 +17,7 @@ from gae.evaluate import KINDS, TOLERANCES
 from gae.features import Origin, write
 from gae.mapping import extract_frames
 from gae.measures import pool
-from gae.model import save_model
-from gae.modelfile import load_model
+from gae.modelfile import load_model, save_model
 from gae.params import Cqt, Params, Plot
 from gae.pictures import draw_losses, draw_network, note_ticks, self_similarity
 from gae.plot import draw, draw_track
