@@ -1,6 +1,7 @@
 """Frames to features: the network's mapping in NumPy, block by block, the same to the bit on any number of cores."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -119,7 +120,10 @@ def _correlation(filters):
 
 
 class _OneThread:
-    """Matrix products by one thread while anyone is inside: the limit is the whole process's, and its threads share it."""
+    """Matrix products by one thread while anyone is inside: the limit is the whole process's, and its threads share it.
+
+    Only the thread that set a limit can lift it (OpenBLAS). So a thread of its own does both, whoever comes first and leaves last.
+    """
 
     def __init__(self):
         self._lock, self._inside = threading.Lock(), 0
@@ -127,14 +131,17 @@ class _OneThread:
     def __enter__(self):
         with self._lock:
             if not self._inside:
-                self._limit = _matrix_libraries().limit(limits=1)
+                self._keeper = ThreadPoolExecutor(1)
+                self._limit = self._keeper.submit(_matrix_libraries().limit, limits=1).result()
+                self._keeper.submit(self._limit.__enter__).result()
             self._inside += 1
 
-    def __exit__(self, *_):
+    def __exit__(self, *error):
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._limit.restore_original_limits()
+                self._keeper.submit(self._limit.__exit__, *error).result()
+                self._keeper.shutdown()
 
 
 _one_thread = _OneThread()

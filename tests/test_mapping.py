@@ -1,9 +1,12 @@
-from concurrent.futures import ThreadPoolExecutor
+import copy
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_limits
 
 from gae.cqt import transpose
 from gae.errors import FormatError
@@ -79,17 +82,46 @@ def test_no_frames_give_no_features():
     assert extract_frames(tiny.frames(0), tiny.model()).shape == (0, 7)
 
 
-def test_threads_that_extract_together_leave_the_matrix_libraries_as_they_were():
-    frames, model = tiny.frames(9000), tiny.model()
-    with threadpool_limits(limits=2):
-        before = [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
-        with ThreadPoolExecutor(4) as pool:
-            results = list(pool.map(lambda _: extract_frames(frames, model), range(8)))
-        assert [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"] == before
-    assert all(np.array_equal(result, results[0]) for result in results)
+def test_frames_are_mapped_by_one_thread_and_then_matrix_products_have_all_again():
+    """Whatever threads extract together. In a process of its own: whoever holds a limit meanwhile, as this one may, hides it."""
+    program = """
+import tiny
+from concurrent.futures import ThreadPoolExecutor
+from threadpoolctl import threadpool_info
+from gae import mapping
+threads = lambda: [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+frames, model, before, made, meanwhile = tiny.frames(20_000), tiny.model().network, threads(), mapping._mapping, []
+mapping._mapping = lambda model: lambda frames: meanwhile.extend(threads()) or made(model)(frames)
+whole = mapping.extract_frames(frames, model)
+with ThreadPoolExecutor(4) as pool:
+    results = list(pool.map(lambda _: mapping.extract_frames(frames, model), range(8)))
+    print(before, set(meanwhile), threads(), all((result == whole).all() for result in results))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[2] {1} [2] True\n"
 
 
 def test_frames_of_another_shape_are_refused():
     for model in (tiny.model(), tiny.model().network):
         with pytest.raises(FormatError, match=r"of shape \(5, 48\); this model takes \(n_frames, 36\)"):
             extract_frames(tiny.frames(5, n_bins=48), model)
+
+
+def test_features_of_a_network_are_those_of_its_weights_now():
+    frames, network = tiny.frames(40), tiny.model().network
+    before = extract_frames(frames, network)
+    network.filters_y.data.mul_(2)
+    after = extract_frames(frames, network)
+    assert np.array_equal(after, extract_frames(frames, copy.deepcopy(network))) and not np.allclose(after, before, atol=1e-2)
+
+
+def test_features_of_a_context_that_reaches_far_follow_the_formula():
+    frames, model = tiny.frames(280), tiny.model(sizes=tiny.SIZES.model_copy(update={"dilation": 60}))
+    assert np.abs(extract_frames(frames, model) - by_the_formula(frames, model, (241, 181, 121, 61, 1))).max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(36,), (2, 36, 3), ()])
+def test_frames_of_more_or_fewer_axes_are_refused(shape):
+    with pytest.raises(FormatError, match=r"this model takes \(n_frames, 36\)"):
+        extract_frames(np.zeros(shape, np.float32), tiny.model())
