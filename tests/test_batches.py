@@ -338,3 +338,11 @@ def test_a_track_of_just_one_excerpt_will_do(shards):
 def test_a_batch_that_processes_cannot_share_is_refused(shards):
     with pytest.raises(TrainingError, match=r"train\.batch \(6\) must be a multiple of the number of processes \(4\)"):
         excerpts(shards, 0, 4)
+
+
+def test_each_side_passes_an_equaliser_of_its_own(music, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "_colour", lambda excerpts, which, gains: seen.append(gains[which]))
+    excerpts(music, equaliser=0.5, view_share=1.0).batch(0)
+    first, second = seen
+    assert len(first) == 6 and not np.isclose(first, second, rtol=0.01).all(axis=1).any()

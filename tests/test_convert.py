@@ -413,3 +413,19 @@ def test_what_is_no_model_is_refused_in_one_line():
     with pytest.raises(FormatError, match=r"model: got .*; give a path, pretrained or pretrained-fast") as refused:
         extract(tiny.tone(1, 8000), 8000, tiny.model().network)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+def test_features_tell_by_what_code_their_frames_were_made(tmp_path, weights, in_this_process):
+    made = set()
+    for code in "cd":
+        (tmp_path / code).mkdir()
+        project = Project(tmp_path / code, weights, {"song.wav": 1}, code=code)
+        project.run()
+        made.add(read(project.out / "song.h5").origin.made_by)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("rate", [44.1, 999, 768_001, 1e9])
+def test_a_rate_that_makes_no_sense_is_refused(weights, rate):
+    with pytest.raises(AudioError, match="allowed: 1000 to 768000 Hz"):
+        extract(tiny.tone(1, 8000), rate, weights)

@@ -10,9 +10,11 @@ import torch
 from gae import audio
 from gae import evaluate as judging
 from gae.cqt import frames as cqt_frames
+from gae.cqt import transpose
 from gae.errors import FormatError, ParamsError
 from gae.evaluate import KINDS, chroma, comparison, copy_error, delayed, evaluate, heldout_pieces, judge, reconstruction_error, table
 from gae.files import read_json
+from gae.measures import Alignment
 from gae.modelfile import load_model, save_model
 from gae.params import Evaluate, Params, Train
 
@@ -299,3 +301,66 @@ def test_what_is_missing_is_named(corpus, model, tmp_path, in_this_process):
     long = PARAMS.model_copy(update={"evaluate": SETTINGS.model_copy(update={"stack": 1000})})
     with pytest.raises(ParamsError, match=r"evaluate\.stack: got 1000 frames.*piece-0"):
         evaluate(long, corpus, model, *places(tmp_path))
+
+
+class Memory(Persistence):
+    """Rebuilds the frame that the mapping was made of."""
+
+    def reconstruct(self, mapping, x):
+        return mapping
+
+
+def test_reconstruction_is_from_the_mapping_of_the_untransposed():
+    frames = tiny.frames(700)
+    found = reconstruction_error(frames, Memory(), 6, np.random.default_rng(5))
+    rng, error, power = np.random.default_rng(5), 0, 0
+    for start in (0, 512):
+        passage = frames[start : start + 512]
+        moved = transpose(passage, int(rng.integers(-6, 7)))
+        error, power = error + np.square(passage - moved).sum(), power + np.square(moved).sum()
+    assert found == pytest.approx(error / power, rel=1e-4) and found > 0.5
+
+
+def test_reconstruction_figures_are_means_over_the_pieces(figures, corpus, model):
+    reports = [judge(item, corpus, model, SETTINGS, PARAMS.train.shift) for item in enumerate(heldout_pieces(corpus))]
+    for name, part in (("relative_error", "reconstruction"), ("of_a_copy", "copy")):
+        assert figures["reconstruction"][name] == pytest.approx(100 * np.mean([report[part] for report in reports]), abs=0.01)
+
+
+def test_the_baseline_is_shifted_back_by_bins(corpus):
+    path = judging.heldout_file(corpus, heldout_pieces(corpus)[0], "transposed")
+    kinds = judging._represent(path, tiny.model(cqt=tiny.CQT.model_copy(update={"bins_per_octave": 24})), 2)
+    assert kinds["cqt"].any() and np.array_equal(kinds["cqt_shifted_back"][:, :-4], kinds["cqt"][:, 4:])
+
+
+def test_a_context_ends_with_the_frame_itself(corpus, model):
+    samples = judge((0, heldout_pieces(corpus)[0]), corpus, model, SETTINGS, 6)["samples"]
+    for context, rows in (("cqt_context", "cqt_shifted_back"), ("chroma_context", "chroma")):
+        for whole, now in zip(samples[context], samples[rows], strict=True):
+            assert whole.shape[-1] == (1 + tiny.SIZES.context) * now.shape[-1]
+            assert np.array_equal(whole[..., -now.shape[-1] :], now)
+
+
+def test_the_error_of_a_figure_is_over_the_pieces(monkeypatch):
+    monkeypatch.setattr(judging, "invariance_top1", lambda queries, candidates: np.repeat([True, True, False, False], 10))
+    reports = [{"samples": {kind: [np.zeros((10, 4, 12))] * 2 for kind in KINDS}} for _ in range(4)]
+    found = judging._invariance(reports, SETTINGS.model_copy(update={"bootstrap": 4000}))
+    assert found["gae"]["top1"] == 50 and found["gae"]["top1_se"] == pytest.approx(100 * np.std([1, 1, 0, 0], ddof=1) / 2, rel=0.05)
+
+
+def test_beats_are_taken_over_between_centres_of_pooled_frames(monkeypatch):
+    seen = []
+    monkeypatch.setattr(judging, "align", lambda score, performance: seen.append(len(score)) or Alignment(2.0 * np.arange(20), 0.0))
+    monkeypatch.setattr(judging, "beats_within", lambda estimated, true, tolerances: estimated)
+    take = {"cqt": tiny.frames(40)}
+    found = judging._beats_found(KINDS["cqt"], [0], take, take, {"score": [0.2, 0.5], "performance": []}, tiny.CQT, SETTINGS)
+    assert seen == [20]  # of two frames each, of 32 ms; so the first has its centre at 16 ms
+    assert found == pytest.approx([2 * 0.2 - 0.016, 2 * 0.5 - 0.016])
+
+
+def test_the_speed_is_seconds_of_audio_a_second(corpus, model, monkeypatch):
+    clock = iter([100.0, 102.0])
+    monkeypatch.setattr(judging, "perf_counter", lambda: next(clock))
+    pieces = heldout_pieces(corpus)
+    seconds = sum(soundfile.info(judging.heldout_file(corpus, piece, "original")).duration for piece in pieces)
+    assert judging._conversion_speed(pieces, corpus, load_model(model)) == pytest.approx(seconds / 2, abs=0.2)

@@ -281,3 +281,20 @@ def test_features_are_shown_in_one_line(values):
     times = np.arange(40) * 0.032
     assert repr(Features(values, times, ORIGIN)) == "<Features of 'music/Für Elise.flac': 40 frames, 7 maps, 0.00 to 1.25 s>"
     assert repr(Features(values[:0], times[:0], Origin(tiny.CQT))) == "<Features: 0 frames, 7 maps>"
+
+
+def test_no_part_of_a_file_is_none_of_it(tmp_path, values):
+    assert len(read(stored(tmp_path / "song.h5", values), 0, 0)) == 0
+
+
+def test_a_last_time_without_end_is_refused(tmp_path, values):
+    path = stored(tmp_path / "song.h5", values)
+    with h5py.File(path, "r+") as file:
+        file["times"][-1] = np.inf
+    assert "make no sense" in refused(path)
+
+
+def test_more_values_than_announced_are_an_error(tmp_path, values):
+    with pytest.raises(ValueError, match="announced"):
+        write(tmp_path / "song.npz", [values], (39, 7), ORIGIN)
+    assert not any(tmp_path.iterdir())

@@ -378,3 +378,25 @@ def test_one_file_in_two_spellings_is_used_once(paths, capsys):
 
 def test_views_that_spaces_set_apart_get_a_hint(refuse):
     assert "or separate views by a tab" in refuse("a.wav    b.wav")
+
+
+def test_what_is_to_come_excuses_no_other_view(folder):
+    (folder / "early.txt").write_text("made/*/1.flac\tmusic/three.wav\n")
+    with pytest.raises(ListError, match=r"early\.txt, line 1: no such file: music/three\.wav"):
+        check_list("early.txt", "made")
+
+
+def test_what_is_to_come_may_lie_in_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "early.txt").write_text("~/made/*/1.flac\n")
+    check_list("early.txt", folder / "made")
+
+
+@pytest.mark.parametrize("text", ["a.wav # one\tb.wav # two", "a.wav # one\tb.wav\t#two"])
+def test_a_comment_ends_with_its_line(paths, text):
+    assert paths(text) == [("a.wav",)]
+
+
+@pytest.mark.parametrize("space", [" ", "   ", " \t "])
+def test_a_glob_may_have_a_comment(paths, space):
+    assert paths(f"music/*{space}# all") == [("music/one.wav",), ("music/two.flac",)]

@@ -541,3 +541,9 @@ def test_a_failing_save_leaves_the_old_model(saved, network):
 
 def test_a_model_is_told_in_a_line(saved):
     assert re.fullmatch(r"<Model: \d+ features from \d+ of the last \d+ frames, one every 32.0 ms, sha256 \w{12}>", repr(load_model(saved)))
+
+
+def test_a_context_of_one_frame_follows_the_formula():
+    network = GatedAutoencoder(BINS, SIZES.model_copy(update={"context": 1, "dilation": 1}))
+    x = torch.randn(2, 6, BINS)
+    assert torch.allclose(network.x_factors(x), SIZES.input_scale * x @ network.filters_x.T, atol=1e-4)

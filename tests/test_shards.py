@@ -338,3 +338,13 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path):
         shards.add_track(shard, "0" * 32, [tiny.frames(5)], CQT.n_bins, "float16")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("path", "gain"), [("new.wav", CQT.gain), ("old.wav", 3.0)])
+def test_tracks_that_lie_there_already_say_what_is_true_now(tmp_path, tracks, held, path, gain):
+    key, cqt = next(iter(tracks)), CQT.model_copy(update={"gain": gain})
+    write_folder(tmp_path, [[(key, "old.wav")]], tracks, CQT, 1)
+    write_folder(tmp_path, [[(key, path)]], {key: tmp_path / "shard-all.h5"} if held else tracks, cqt, 1)
+    with Shards(tmp_path) as read:
+        assert (read.tracks[key].path, read.cqt) == (path, cqt)

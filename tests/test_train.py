@@ -20,6 +20,7 @@ from gae import train as module
 from gae.checkpoints import Checkpoints
 from gae.errors import GaeError, TrainingError, explained
 from gae.files import read_json, write_json
+from gae.model import GatedAutoencoder
 from gae.modelfile import load_model
 from gae.shards import Shards
 from gae.train import Run, Validation, contrast_weight, schedule, split, train
@@ -1025,3 +1026,73 @@ def test_two_processes_get_the_weights_of_one(shards, tmp_path, quiet, launcher,
         assert np.abs(weights - two.weights[name]).max() < tolerance, name
     assert json.dumps(one.facts["train"]) == json.dumps(two.facts["train"])
     assert two.facts["metrics"] == pytest.approx(one.facts["metrics"], rel=1e-5)
+
+
+def test_validation_looks_for_frames_of_the_first_view_in_the_last(tmp_path, monkeypatch):
+    """At all places that all views have, be it a single one."""
+    monkeypatch.setattr(module, "transpose", lambda frames, shift: frames)
+    lines = [[tiny.frames(n, n) for n in (60, 40, 20)], [tiny.frames(4)]]
+    tiny.write_shards(tmp_path, lines)
+    with Shards(tmp_path) as read:
+        queries, candidates = (windows.numpy()[:600] for windows in Validation(read, read.lines, 3, seed=1).windows)
+    (first, _, last), places = lines[0], set()
+    for query, candidate in zip(queries, candidates, strict=True):
+        (place,) = [n for n in range(60 - 3) if np.array_equal(first[n : n + 4], query)]
+        assert np.array_equal(last[place : place + 4], candidate)
+        places.add(place)
+    assert places == set(range(20 - 3))
+
+
+def test_the_error_of_a_validation_is_over_its_tracks(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "invariance_top1", lambda queries, candidates: np.repeat([True, False], 600))
+    network = GatedAutoencoder(tiny.CQT.n_bins, recipe().model)
+    tiny.write_shards(tmp_path, [[tiny.frames(60, seed)] for seed in range(2)])
+    with Shards(tmp_path) as read:
+        assert Validation(read, read.lines, network.sizes.reach, seed=1).score(network) == (0.5, pytest.approx(0.5))
+
+
+@pytest.mark.parametrize(("found", "kept"), [([(1.0, 0.0)] * 4, 85), ([(0.2, 0.3), (0.5, 0.01), (0.4, 0.3), (0.3, 0.3)], 50)])
+def test_the_error_that_counts_is_that_of_the_best_and_may_be_none(shards, tmp_path, quiet, monkeypatch, found, kept):
+    """As where all frames are found."""
+    found = iter(found)
+    monkeypatch.setattr(module, "VALIDATION_STEPS", 25)
+    monkeypatch.setattr(Validation, "score", lambda validation, model: next(found))
+    learn(recipe(), shards, tmp_path)
+    assert load_model(tmp_path / "gae.safetensors").facts["step"] == kept
+
+
+@pytest.mark.parametrize("optimiser", ["muon", "adam"])
+def test_all_rates_follow_the_schedule(shards, tmp_path, quiet, monkeypatch, optimiser):
+    update, rates = Run.update, []
+
+    def watched(run, batch):
+        update(run, batch)
+        rates.append([group["lr"] for optimiser in run.optimisers for group in optimiser.param_groups])
+
+    monkeypatch.setattr(Run, "update", watched)
+    settings = recipe(steps=6, optimiser=optimiser, learning_rate=3e-3, muon_rate=0.02)
+    learn(settings, shards, tmp_path)
+    peaks = [3e-3, 0.02] if optimiser == "muon" else [3e-3]
+    assert np.allclose(rates, [[schedule(step, settings.train) * peak for peak in peaks] for step in range(6)], rtol=1e-6)
+
+
+def test_changed_code_starts_afresh(shards, tmp_path, quiet, crash, monkeypatch):
+    done = stopped(recipe(), shards, tmp_path, crash)
+    monkeypatch.setattr(module, "code_digest", lambda modules, packages: "0" * 64)
+    learn(recipe(), shards, tmp_path)
+    assert done[0] == 0
+
+
+def test_the_speed_is_that_of_all_runs(shards, tmp_path, quiet, crash, monkeypatch):
+    with monkeypatch.context() as slow:
+        slow.setattr(Run, "elapsed", lambda run: 1000.0)
+        stopped(recipe(), shards, tmp_path, crash)
+    learn(recipe(), shards, tmp_path)
+    assert read_json(tmp_path / "metrics.json")["frames_per_second"] == 4  # 85 steps, each of 4 excerpts of 12 frames
+
+
+def test_where_it_runs_is_no_part_of_a_recipe():
+    settings = recipe().train
+    for change in ({"accelerator": "cuda"}, {"devices": 2}, {"nodes": 2}):
+        assert module.recipe_of(settings.model_copy(update=change)) == module.recipe_of(settings)
+    assert module.recipe_of(settings.model_copy(update={"precision": "bf16"})) != module.recipe_of(settings)
