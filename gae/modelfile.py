@@ -52,7 +52,7 @@ class Model:
         return f"<Model: {self.sizes.n_maps} features from {frames}{self.sha256 and f', sha256 {self.sha256[:12]}'}>"
 
     def __post_init__(self):
-        weights = {name: array.view() for name, array in self.weights.items()}  # the caller's own stay as they are
+        weights = {name: np.array(array) for name, array in self.weights.items()}  # the caller's own may change
         for array in weights.values():
             array.setflags(write=False)  # what is derived from them is remembered
         object.__setattr__(self, "weights", MappingProxyType(weights))

@@ -543,6 +543,15 @@ def test_a_model_is_told_in_a_line(saved):
     assert re.fullmatch(r"<Model: \d+ features from \d+ of the last \d+ frames, one every 32.0 ms, sha256 \w{12}>", repr(load_model(saved)))
 
 
+def test_arrays_that_a_model_is_made_of_stay_the_callers_own():
+    model = tiny.model()
+    mine = np.zeros_like(model.weights["map_2.bias"])
+    other = dataclasses.replace(model, sha256="", weights={**model.weights, "map_2.bias": mine})
+    before = extract_frames(tiny.frames(40), other)
+    mine[:] = 1
+    assert not other.weights["map_2.bias"].any() and np.array_equal(extract_frames(tiny.frames(40), other), before)
+
+
 def test_a_context_of_one_frame_follows_the_formula():
     network = GatedAutoencoder(BINS, SIZES.model_copy(update={"context": 1, "dilation": 1}))
     x = torch.randn(2, 6, BINS)
