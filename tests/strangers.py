@@ -771,7 +771,7 @@ def _corpus():
 def _read_corpus(path):
     for piece in evaluate.heldout_pieces(path.parent):
         evaluate.heldout_file(path.parent, piece, "original")
-        assert np.subtract(*piece["beats"].values()).ndim == 1 and -piece["k"] <= 12
+        assert np.subtract(piece["beats"]["score"], piece["beats"]["performance"]).ndim == 1 and -piece["k"] <= 12
 
 
 def _figures():
