@@ -14,7 +14,7 @@ from gae.features import SUFFIXES, audio_of, check_suffix
 from gae.files import content_hash
 from gae.modelfile import SHIPPED
 from gae.original import import_weights
-from gae.storage import is_url
+from gae.storage import absolute, is_url
 
 
 def main(arguments=None):
@@ -70,7 +70,10 @@ def _outs(paths, out, suffix):
     """The feature file of each input: `out` itself, or one in the folder `out`."""
     if not (out and all(paths)):
         raise FormatError(f"{'AUDIO' if out else '--out'}: an empty name; write the path of a file")
-    paths = list({path if is_url(path) else os.path.abspath(path): path for path in reversed(paths)}.values())[::-1]
+    spelt = {}
+    for path in paths:
+        spelt.setdefault(absolute(path), path)
+    paths = list(spelt.values())
     if len(paths) == 1 and not out.endswith("/") and not Path(out).is_dir():
         if not Path(out).suffix:
             raise FormatError(f"{out}: neither a feature file ({', '.join(SUFFIXES)}) nor a folder; end a folder's name in /")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gae.errors import ListError, warn
-from gae.storage import each, is_url, kind, matching
+from gae.storage import absolute, each, is_url, kind, matching
 
 _LONGEST = 4096  # characters of a path that may exist
 
@@ -50,7 +50,7 @@ def read_list(file):
     kinds = each(kind, dict.fromkeys(column for columns in rows for column in columns if is_url(column)))
     for number, columns in enumerate(rows, start=1):
         for paths in _expand(columns, f"{file}, line {number}", kinds):
-            if (spelt := tuple(path if is_url(path) else os.path.abspath(path) for path in paths)) in seen:
+            if (spelt := tuple(map(absolute, paths))) in seen:
                 warn(f"{file}, line {number}: {paths[0]} is listed before; used once")
                 continue
             seen.add(spelt)

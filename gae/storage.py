@@ -29,6 +29,11 @@ def is_url(path):
     return _URL.match(str(path)) is not None
 
 
+def absolute(path):
+    """A path of this machine from its root, without detours, so that two spellings of one file are the same; a URL as it is."""
+    return path if is_url(path) else os.path.abspath(path)
+
+
 def named(path):
     """The path that a URL holds: folders, name and suffix."""
     if str(path).startswith(("http://", "https://")):

@@ -96,7 +96,7 @@ class Project:
 
     def files(self, path):
         """What is in the files below a folder, by name."""
-        return {file.relative_to(self / path).as_posix(): file.read_bytes() for file in (self / path).rglob("*") if file.is_file()}
+        return tiny.content(self / path)
 
 
 def stages_that_ran(printed):

@@ -88,7 +88,7 @@ def names(found):
 
 
 def content(folder="shards"):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return tiny.content(folder)
 
 
 def fresh(**sections):

@@ -40,10 +40,6 @@ def frames_of(number):
     return tiny.frames(20 + 30 * number, number)
 
 
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def listed(keys):
     return [[(key, f"music/{key[:4]}.wav")] for key in keys]
 
@@ -59,7 +55,7 @@ def inodes(folder):
 
 def test_the_contract(tmp_path, tracks):
     write_folder(tmp_path / "out", listed(tracks), tracks, CQT, 1 << 30)
-    assert sorted(content(tmp_path / "out")) == ["index.json", "shard-all.h5"]
+    assert sorted(tiny.content(tmp_path / "out")) == ["index.json", "shard-all.h5"]
     with h5py.File(tmp_path / "out" / "shard-all.h5") as shard:
         assert dict(shard.attrs) == {"schema": 1, "cqt": json.dumps(CQT.model_dump(), sort_keys=True)}
         assert set(shard) == set(tracks)
@@ -126,7 +122,7 @@ def test_bytes_do_not_depend_on_the_clock(tmp_path):
     second = staged(tmp_path / "second", 3)
     for folder, tracks in (("a", first), ("b", second)):
         write_folder(tmp_path / folder, listed(tracks), tracks, CQT, 1 << 30)
-    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert tiny.content(tmp_path / "a") == tiny.content(tmp_path / "b")
 
 
 @given(st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=1, max_size=4), st.sampled_from([1, 20_000, 1 << 30]))
@@ -139,7 +135,7 @@ def test_the_same_tracks_give_the_same_files_whatever_came_before(tmp_path_facto
         held = {key: track.file for key, track in Shards(tmp_path / "grown").tracks.items()} if (tmp_path / "grown").exists() else {}
         write_folder(tmp_path / "grown", listed(keys), {**tracks, **held}, CQT, shard_bytes)
     write_folder(tmp_path / "fresh", listed(keys), tracks, CQT, shard_bytes)
-    assert content(tmp_path / "grown") == content(tmp_path / "fresh")
+    assert tiny.content(tmp_path / "grown") == tiny.content(tmp_path / "fresh")
     with Shards(tmp_path / "grown") as read:
         assert set(read.tracks) == set(keys)
         assert all(np.array_equal(read.read(names[number]), frames_of(number)) for number in history[-1])
@@ -148,7 +144,7 @@ def test_the_same_tracks_give_the_same_files_whatever_came_before(tmp_path_facto
 def test_the_order_of_the_list_changes_no_shard(tmp_path, tracks):
     write_folder(tmp_path / "a", listed(tracks), tracks, CQT, 20_000)
     write_folder(tmp_path / "b", listed(reversed(tracks)), tracks, CQT, 20_000)
-    a, b = content(tmp_path / "a"), content(tmp_path / "b")
+    a, b = tiny.content(tmp_path / "a"), tiny.content(tmp_path / "b")
     assert a.pop("index.json") != b.pop("index.json") and a == b and len(a) > 2
 
 
@@ -156,12 +152,12 @@ def test_one_more_track_rewrites_one_shard_and_removing_it_restores_all(tmp_path
     keys, out = list(tracks), tmp_path / "out"
     assert len(frames_of(0)) < 30  # so small that the number of shards stays
     write_folder(out, listed(keys[1:]), tracks, CQT, 60_000)
-    before, files = content(out), inodes(out)
+    before, files = tiny.content(out), inodes(out)
     assert len(before) > 4
     write_folder(out, listed(keys), tracks, CQT, 60_000)
     assert len(rewritten(out, files)) == 1
     write_folder(out, listed(keys[1:]), tracks, CQT, 60_000)
-    assert content(out) == before
+    assert tiny.content(out) == before
 
 
 def test_what_is_as_it_should_be_is_not_rewritten(tmp_path, tracks):
@@ -202,7 +198,7 @@ def test_one_content_on_several_lines_is_kept_once(tmp_path, tracks):
     write_folder(tmp_path / "back", lines[::-1], tracks, CQT, 1 << 30)
     read = Shards(tmp_path / "out")
     assert [[track.key for track in line] for line in read.lines] == [[key], [key, other]] and len(read.tracks) == 2
-    assert content(tmp_path / "out")["shard-all.h5"] == content(tmp_path / "back")["shard-all.h5"]
+    assert tiny.content(tmp_path / "out")["shard-all.h5"] == tiny.content(tmp_path / "back")["shard-all.h5"]
 
 
 def refuse(read, *names):

@@ -69,11 +69,7 @@ def run(staging="staging", out="shards", **compute):
     settings = values(staging, **compute)
     indexing.index(settings, "index.json", "memory.json")
     preprocess.preprocess(settings, Path("index.json"), Path(out), staging)
-    return content(out)
-
-
-def content(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return tiny.content(out)
 
 
 def in_memory(folder="memory://bucket/staging"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from pathlib import Path
 
 import numpy as np
 
@@ -68,3 +69,8 @@ def write_shards(folder, lines, cqt=CQT, dtype="float32", shard_bytes=1 << 30, c
     shards.write_folder(folder, names, {key: place / f"{key}.h5" for line in names for key, _ in line}, cqt, shard_bytes)
     shutil.rmtree(place)
     return [[key for key, _ in line] for line in keyed]
+
+
+def content(folder):
+    """What is in the files below a folder, by name."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
