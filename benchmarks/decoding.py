@@ -42,13 +42,14 @@ def ours(paths, folder):
     """Seconds of the stages index, preprocess and convert."""
     listing = folder / "list.txt"
     listing.write_text("\n".join(map(str, paths)) + "\n")
-    values = params.validate({"data": {"shifted_views": 0, "train_list": str(listing), "convert_list": str(listing)}})
+    data, compute = {"shifted_views": 0, "train_list": str(listing), "convert_list": str(listing)}, {"staging": str(folder / "staging")}
+    values = params.validate({"data": data, "convert": {"weights": str(WEIGHTS)}, "compute": compute})
     times = [time.perf_counter()]
     index(values, folder / "index.json", folder / "memory.json")
     times.append(time.perf_counter())
-    preprocess(values, folder / "index.json", folder / "shards", folder / "staging")
+    preprocess(values, folder / "index.json", folder / "shards")
     times.append(time.perf_counter())
-    convert_list(folder / "shards/convert", folder / "index.json", WEIGHTS, folder / "features", values)
+    convert_list(values, folder / "shards/convert", folder / "index.json", folder / "features")
     times.append(time.perf_counter())
     return np.diff(times)
 

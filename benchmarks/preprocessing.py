@@ -40,11 +40,16 @@ def ours(paths, folder):
     listing, convert = folder / "train.txt", folder / "convert.txt"
     listing.write_text("\n".join(map(str, paths)) + "\n")
     convert.write_text(f"{paths[0]}\n")
-    values = params.validate({"data": {"shifted_views": 0, "train_list": str(listing), "convert_list": str(convert)}})
+    values = params.validate(
+        {
+            "data": {"shifted_views": 0, "train_list": str(listing), "convert_list": str(convert)},
+            "compute": {"staging": str(folder / "staging")},
+        }
+    )
     began = time.perf_counter()
     index(values, folder / "index.json", folder / "memory.json")
     print(f"index     {time.perf_counter() - began:7.1f} s of ours")
-    preprocess(values, folder / "index.json", folder / "shards", folder / "staging")
+    preprocess(values, folder / "index.json", folder / "shards")
 
 
 if __name__ == "__main__":

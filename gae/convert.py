@@ -17,6 +17,7 @@ from gae.errors import AudioError, FormatError, ParamsError, one_line
 from gae.features import Features, Origin, check_suffix, validate, write
 from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
 from gae.index import read_index
+from gae.locks import alone
 from gae.mapping import extract_blocks
 from gae.modelfile import Model, load_model
 from gae.shards import Shards, read_blocks
@@ -113,22 +114,20 @@ def _convert_file(path, out, model, dtype, source):
     return analysis.n_frames
 
 
-def convert_list(shards, index_file, weights, out, params):
+def convert_list(params, shards, index, out):
     """Convert every track of the conversion list from its frames.
 
     Parameters
     ----------
+    params : gae.params.Params
+        Reads convert, data.convert_list and compute.
     shards : Path
         Folder of the list's shards.
-    index_file : Path
+    index : Path
         As `gae.index.index` writes it.
-    weights : str or Path
-        Model file.
     out : Path
         Folder for a feature file each and index.json: {"model_sha256", "tracks": [{path, file, key, n_frames}],
         "skipped": [{path, list, line, reason}]}. Files there that are what would be written are kept.
-    params : gae.params.Params
-        Reads convert.dtype, data.convert_list and compute.
 
     Raises
     ------
@@ -136,8 +135,10 @@ def convert_list(shards, index_file, weights, out, params):
         If shards or model can't be read.
     ParamsError
         If the model takes other frames than the shards hold.
+    GaeError
+        If another process writes into the folder.
     """
-    out, index = Path(out), read_index(index_file)
+    out, index, weights = Path(out), read_index(index), params.convert.weights
     model = load_model(weights)
     with Shards(shards) as folder:
         _same_cqt(model.cqt, folder.cqt, weights, shards)
@@ -152,14 +153,14 @@ def convert_list(shards, index_file, weights, out, params):
         }
         for path, track in frames.items()
     ]  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    arguments = (str(weights), model.sha256, str(out), params.convert.dtype)
-    map_tracks(convert_track, jobs, beside_files(params.compute), "convert", arguments)
-    sweep(out)  # not before: the workers of a run that was killed a moment ago may still have been writing
-    _forget(out, {job["file"] for job in jobs})
+    arguments = (weights, model.sha256, str(out), params.convert.dtype)
     tracks = [{"path": job["source"], **{name: job[name] for name in ("file", "key", "n_frames")}} for job in jobs]
     skipped = _skipped(index, listed.keys() - frames.keys(), params.data.convert_list)
-    write_json(out / "index.json", {"schema": SCHEMA, "model_sha256": model.sha256, "tracks": tracks, "skipped": skipped})
+    with alone(out):
+        map_tracks(convert_track, jobs, beside_files(params.compute), "convert", arguments)
+        sweep(out)  # not before: the workers of a run that was killed a moment ago may still have been writing
+        _forget(out, {job["file"] for job in jobs})
+        write_json(out / "index.json", {"schema": SCHEMA, "model_sha256": model.sha256, "tracks": tracks, "skipped": skipped})
 
 
 def convert_track(job, weights, model_sha256, out, dtype):

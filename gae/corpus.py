@@ -8,7 +8,7 @@ evaluation a piece is played as written, the same transposed, and once more as a
 
 import hashlib
 import io
-import itertools
+import math
 import re
 import shutil
 import zlib
@@ -16,6 +16,8 @@ from collections import deque
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,12 @@ from tqdm import tqdm
 from gae.compute import beside_files, n_cores, submitting
 from gae.errors import ParamsError
 from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
+from gae.locks import alone
 from gae.scores import KINDS, Unplayable, arrange, catalogue, read_score
 from gae.synthesis import COMPASS, HUMAN, SAMPLE_RATE, STEADY, TAIL, Take, by_hand, draw_families, draw_programs, perform, synthesise
 
 _HELDOUT_SHIFT = 6  # semitones: a held-out piece is transposed by at most this
+_PRIVATE = ("melodies", "spec", "files")  # of a report: what corpus.json does not have
 _PLAYERS = ("music21", "midirenderer", "pretty_midi", "soundfile", "soxr")  # packages that decide how a piece sounds
 _SECONDS = (20.0, 210.0)  # shorter pieces are left out, longer ones end early
 # Of two unrelated chorales at most 0.3 of the phrases agree, of two harmonisations of one melody as a rule 0.35 to 1.
@@ -38,17 +42,17 @@ _PHRASE, _ALIKE, _FEW = 8, 0.3, 20  # intervals in a phrase; that share; fewer p
 # ---- which pieces
 
 
-def render_corpus(out, params, compute):
+def render_corpus(params, out):
     """Render as much music as the parameters ask for, and describe it in ``corpus.json``.
 
     What an earlier run left is kept where it is still right, and removed where not.
 
     Parameters
     ----------
+    params : gae.params.Params
+        Reads corpus and compute.
     out : Path
         Folder for ``train/<piece>/<view>.flac``, ``heldout/<piece>/{original,transposed,performance}.flac`` and ``corpus.json``.
-    params : gae.params.Corpus
-    compute : gae.params.Compute
 
     Returns
     -------
@@ -59,24 +63,32 @@ def render_corpus(out, params, compute):
     ------
     ParamsError
         If there is less music than asked for.
+    GaeError
+        If another process writes into the folder.
     """
-    out, pieces, heldout, train = Path(out), catalogue(), [], []
-    compute = beside_files(compute)
+    with alone(out):
+        heldout, train, left_out = _render_corpus(params.corpus, beside_files(params.compute), Path(out))
+        _keep_only(out, heldout + train)
+        described = [{key: value for key, value in report.items() if key not in _PRIVATE} for report in heldout + train]
+        index = {"pieces": described, "left_out": left_out}
+        write_json(Path(out) / "corpus.json", index)
+    return index
+
+
+def _render_corpus(params, compute, out):
+    """Reports on the held-out pieces and those to train on, and what was left out, with reasons."""
+    pieces, heldout, train = catalogue(), [], []
     with submitting(compute) as submit:
-        ahead = 2 * (compute.workers or n_cores())
-        reports = _in_order(submit, _jobs("heldout", _heldout_candidates(pieces, params.seed), out, params), ahead)
-        left_out = _gather(reports, heldout, heldout, params.heldout, lambda report: 1, "held-out pieces")
+        gather = partial(_gather, submit, 1 + 2 * (compute.workers or n_cores()))
+        jobs = _jobs("heldout", _heldout_candidates(pieces, params.seed), out, params)
+        left_out = gather(jobs, heldout, heldout, params.heldout, lambda report: 1, 1, "held-out pieces")
 
         works = {report["work"] for report in heldout}
         candidates = [piece for piece in _training_candidates(pieces, params.seed) if piece.work not in works]
-        reports = _in_order(submit, _jobs("train", [(piece, None) for piece in candidates], out, params), ahead)
-        minutes = round(params.hours * 60, 3)
-        left_out += _gather(reports, train, heldout, minutes, lambda report: report["duration_s"] / 60, "minutes of music")
-    _keep_only(out, heldout + train)
-    described = [{key: value for key, value in report.items() if key not in ("melodies", "spec", "files")} for report in heldout + train]
-    index = {"pieces": described, "left_out": left_out}
-    write_json(out / "corpus.json", index)
-    return index
+        jobs = _jobs("train", [(piece, None) for piece in candidates], out, params)
+        minutes, shortest = round(params.hours * 60, 3), _SECONDS[0] / 60
+        left_out += gather(jobs, train, heldout, minutes, lambda report: report["duration_s"] / 60, shortest, "minutes of music")
+    return heldout, train, left_out
 
 
 def _heldout_candidates(pieces, seed):
@@ -105,15 +117,14 @@ def _jobs(split, candidates, out, params):
     return [(piece, split, lead, out / split / piece.id, params) for piece, lead in candidates]
 
 
-def _in_order(submit, jobs, ahead):
-    """Yield the reports of `render_piece` in the order of the jobs, with some more jobs under way."""
-    waiting = deque()
+def _in_order(submit, jobs, wanted):
+    """Yield the reports of `render_piece` in the order of the jobs, with as many under way as `wanted()` says."""
+    jobs, waiting = iter(jobs), deque()
     try:
-        for job in jobs:
-            waiting.append(submit(render_piece, *job))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
+        while True:
+            waiting.extend(submit(render_piece, *job) for job in islice(jobs, max(0, wanted() - len(waiting))))
+            if not waiting:
+                return
             yield waiting.popleft().result()
     except GeneratorExit:  # nobody wants more
         wait(waiting)  # Dask's workers end what they have begun: not after the folder was cleared up
@@ -123,12 +134,15 @@ def _in_order(submit, jobs, ahead):
             future.cancel()
 
 
-def _gather(reports, chosen, rivals, goal, size, label):
+def _gather(submit, most, jobs, chosen, rivals, goal, size, least, label):
     """Add reports to `chosen` until their sizes reach the goal.
+
+    Up to `most` jobs are under way, and no more than can be wanted where each gives `least` or more.
 
     Returns what was left out, with reasons: what can't be played, and what resembles one of the `rivals`.
     """
     left_out, total = [], 0
+    reports = _in_order(submit, jobs, lambda: min(most, math.ceil((goal - total) / least)))
     with closing(reports), tqdm(total=goal, desc=f"corpus: {label}", unit="", mininterval=0.5) as bar:
         for report in reports:
             reason = report.get("left_out") or _resemblance(report, rivals)
@@ -265,7 +279,7 @@ def _views(score, played, params, rng, hand):
     n, pitches = params.view_transposition, score.notes["pitch"]
     lowest, highest = max(-n, COMPASS[0] - pitches.min()), min(n, COMPASS[1] - pitches.max())
     shifts = [0, *rng.integers(lowest, highest + 1, params.views - 1).tolist()]
-    families, takes = itertools.cycle(draw_families(score.notes, shifts, rng)), {}
+    families, takes = cycle(draw_families(score.notes, shifts, rng)), {}
     for number, (family, k) in enumerate(zip(families, shifts, strict=False), start=1):
         programs = draw_programs(family, score.notes, shifts, rng)
         own = by_hand(score.notes, played, programs, hand) if hand.random() < params.human else played

@@ -58,17 +58,15 @@ TOLERANCES = {"50ms": 0.05, "100ms": 0.1, "250ms": 0.25}
 _EXCERPT = 512  # frames rebuilt with one transposition
 
 
-def evaluate(params, corpus, model, out, metrics, text):
+def evaluate(params, corpus, out, metrics, text):
     """Measure features on the held-out pieces of the built-in corpus, write the figures and print them as a table.
 
     Parameters
     ----------
     params : gae.params.Params
-        Reads evaluate, train.shift and compute.
+        Reads evaluate, convert.weights, the model to judge, whose own CQT parameters are used throughout, train.shift and compute.
     corpus : Path
         Folder of `gae.corpus`.
-    model : str or Path
-        The model file to judge; its own CQT parameters are used throughout.
     out : Path
         JSON. All figures are in percent, but for the speeds; each is a mean over the pieces and stands with its standard
         error, named `<figure>_se`, by bootstrap over the pieces:
@@ -96,9 +94,9 @@ def evaluate(params, corpus, model, out, metrics, text):
         If a piece is shorter than `evaluate.stack` frames.
     """
     pieces = heldout_pieces(corpus)
-    loaded = load_model(model)  # before any work, lest it be missing
+    model = load_model(params.convert.weights)  # before any work, lest it be missing
     settings = params.evaluate
-    arguments = (Path(corpus), Path(model), settings, params.train.shift)
+    arguments = (Path(corpus), Path(params.convert.weights), settings, params.train.shift)
     reports = map_tracks(judge, list(enumerate(pieces)), beside_files(params.compute), "evaluate", arguments)
     figures = {
         "pieces": len(pieces),
@@ -108,7 +106,7 @@ def evaluate(params, corpus, model, out, metrics, text):
             **_figure("relative_error", [report["reconstruction"] for report in reports], settings),
             **_figure("of_a_copy", [report["copy"] for report in reports], settings),
         },
-        "speed": {"conversion_times_real_time": _conversion_speed(pieces, corpus, loaded)},
+        "speed": {"conversion_times_real_time": _conversion_speed(pieces, corpus, model)},
     }
     write_json(out, figures)
     write_json(metrics, comparison(figures))

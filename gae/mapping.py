@@ -133,14 +133,13 @@ class _OneThread:
             if not self._inside:
                 self._keeper = ThreadPoolExecutor(1)
                 self._limit = self._keeper.submit(_matrix_libraries().limit, limits=1).result()
-                self._keeper.submit(self._limit.__enter__).result()
             self._inside += 1
 
     def __exit__(self, *error):
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._keeper.submit(self._limit.__exit__, *error).result()
+                self._keeper.submit(self._limit.restore_original_limits).result()
                 self._keeper.shutdown()
 
 

@@ -20,19 +20,17 @@ _MATRIX = 900  # rows of a self-similarity matrix, at most
 _BLOCK = 1 << 15  # frames of features read at a time
 
 
-def draw(params, corpus, shards, model, tracks, metrics, figures):
+def draw(params, corpus, shards, tracks, metrics, figures):
     """Draw all pictures of a finished run.
 
     Parameters
     ----------
     params : gae.params.Params
-        Reads plot and compute.
+        Reads plot, convert.weights, the model that made the features, and compute.
     corpus : Path
         Folder of `gae.corpus`: its first held-out piece is shown in two keys.
     shards : Path
         Folder of shards: an excerpt of its first track is what the network is shown with.
-    model : str or Path
-        The model file that made the features.
     tracks : Path
         Folder of feature files; each gets a picture, named by its stem.
     metrics : Path
@@ -40,7 +38,7 @@ def draw(params, corpus, shards, model, tracks, metrics, figures):
     figures : Path
         Folder for the pictures: PNG, those of the tracks in figures/tracks.
     """
-    model, evaluation, tracks = load_model(model), read_figures(metrics), Path(tracks)
+    model, evaluation, tracks = load_model(params.convert.weights), read_figures(metrics), Path(tracks)
     heldout_pieces(corpus)  # before any work, lest it be missing
     if not tracks.is_dir():
         raise FormatError(f"{tracks}: no such folder; run `dvc repro convert`")

@@ -20,7 +20,7 @@ _MADE = "[0-9a-f]{16}"  # a folder of staging: digest of what decides its frames
 _OWN = r"(shard-\w+|[0-9a-f]{32})\.h5"  # a shard, and a track that waits for one
 
 
-def preprocess(params, index_file, out, staging):
+def preprocess(params, index, out):
     """Compute the frames that are missing, and make the shards hold just the listed tracks.
 
     A track is known by its content, the parameters of the transform and the code that runs it: a file that was moved, or is on
@@ -30,13 +30,11 @@ def preprocess(params, index_file, out, staging):
     Parameters
     ----------
     params : gae.params.Params
-        Reads cqt, data and compute.
-    index_file : Path
+        Reads cqt, data and compute, whose staging holds computed tracks that are in no shard yet, and is gone at the end.
+    index : Path
         As `gae.index.index` writes it.
     out : Path
         Folder of shards for each list: out/train and out/convert.
-    staging : str or Path
-        Folder or URL for computed tracks that are in no shard yet; gone at the end.
 
     Raises
     ------
@@ -51,12 +49,13 @@ def preprocess(params, index_file, out, staging):
     GaeError
         If another process uses these folders.
     """
+    staging = params.compute.staging
     with alone(out), nullcontext() if storage.is_url(staging) else alone(staging):
-        _preprocess(params, index_file, out, staging)
+        _preprocess(params, index, out, staging)
 
 
-def _preprocess(params, index_file, out, staging):
-    indexed = read_index(index_file)
+def _preprocess(params, index, out, staging):
+    indexed = read_index(index)
     indexed["train"] = [[*line, *shifted_views(line, params.data.shifted_views)] for line in indexed["train"]]
     lists = {Path(out) / role: indexed[role] for role in ("train", "convert")}
     far = storage.is_url(staging)
@@ -81,7 +80,7 @@ def _preprocess(params, index_file, out, staging):
         sources = {**staged, **lent, **held[folder]}
         views = [[(file["key"], file["path"]) for file in line if file["key"] in sources] for line in lines]
         if not any(views):
-            raise ListError(f"{index_file}: nothing usable is left of the {folder.name} list; see the warnings above")
+            raise ListError(f"{index}: nothing usable is left of the {folder.name} list; see the warnings above")
         shards.write_folder(folder, [line for line in views if line], sources, params.cqt, params.data.shard_mb << 20)
         if far:  # what is on both lists is fetched once
             staged |= _tracks_in(folder, params)

@@ -36,16 +36,16 @@ _SOUNDING = 0.05  # share of the frames that sound, below which a batch is weigh
 _RUNTIME = {"accelerator", "devices", "nodes"}  # parameters that leave the result as it is
 
 
-def train(params, shards_folder, model_path, metrics_path, curves, drawings, checkpoints):
+def train(params, shards, model, metrics, curves, drawings, checkpoints):
     """Train a model, going on from the last checkpoint of the same parameters, data and code.
 
     Parameters
     ----------
     params : gae.params.Params
         Reads model, train, plot.interval and compute.checkpoint_seconds.
-    shards_folder : Path
-        Shards of the training list.
-    model_path, metrics_path : Path
+    shards : Path
+        Folder of the training list's shards.
+    model, metrics : Path
         The model file, and a JSON with the final losses, the steps and the speed.
     curves, drawings : Path
         Folders for DVCLive's curves and for drawings of the network.
@@ -55,25 +55,25 @@ def train(params, shards_folder, model_path, metrics_path, curves, drawings, che
     Raises
     ------
     TrainingError
-        If there is too little data, or the loss is NaN or diverges; the last good weights are then in `model_path`.
+        If there is too little data, or the loss is NaN or diverges; the last good weights are then in `model`.
     GaeError
         If another process trains with these checkpoints.
     """
     params = params.model_copy(update={"train": settled(params.train)})
     fabric = launch(params.train)
-    with Shards(shards_folder) as shards, alone_with(fabric, checkpoints):
+    with Shards(shards) as frames, alone_with(fabric, checkpoints):
         with told_once(fabric):
-            run = Run(fabric, params, shards, checkpoints)
+            run = Run(fabric, params, frames, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
         with view or nullcontext(), peers(fabric):
-            _advance(run, view, model_path)
+            _advance(run, view, model)
         if view:
-            run.write(model_path, run.best, run.best_step, run.history[-1])
-            write_json(metrics_path, run.metrics())
+            run.write(model, run.best, run.best_step, run.history[-1])
+            write_json(metrics, run.metrics())
             run.store.clear()
 
 
-def _advance(run, view, model_path):
+def _advance(run, view, model):
     """Train to the end."""
     for batch in run.excerpts.batches(run.step, run.params.train.steps):
         run.update(batch)
@@ -81,9 +81,9 @@ def _advance(run, view, model_path):
             continue
         trouble = run.look()
         if trouble:
-            run.write_good(model_path)
+            run.write_good(model)
             with told_once(run.fabric):
-                raise TrainingError(f"{trouble}; {run.remedy(model_path)}")
+                raise TrainingError(f"{trouble}; {run.remedy(model)}")
         if run.step % VALIDATION_STEPS == 0 or run.ended:
             run.validate()
         if view:

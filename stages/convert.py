@@ -3,17 +3,13 @@
 import checkout  # noqa: F401, I001
 from gae.commandline import stage
 from gae.convert import convert_list
-from gae.locks import alone
 
 if __name__ == "__main__":
-    with (
-        stage(
-            __doc__,
-            reads=["convert", "data.convert_list", "compute"],
-            shards="data/shards/convert",
-            index="data/index.json",
-            out="features",
-        ) as (params, paths),
-        alone(paths.out),
-    ):
-        convert_list(paths.shards, paths.index, params.convert.weights, paths.out, params)
+    with stage(
+        __doc__,
+        reads=["convert", "data.convert_list", "compute"],
+        shards="data/shards/convert",
+        index="data/index.json",
+        out="features",
+    ) as (params, paths):
+        convert_list(params, **vars(paths))

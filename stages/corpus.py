@@ -4,7 +4,6 @@ import checkout  # noqa: F401, I001
 from gae.commandline import stage
 from gae.corpus import render_corpus
 from gae.filelists import check_list
-from gae.locks import alone
 
 OUT = "data/corpus"
 
@@ -13,5 +12,4 @@ if __name__ == "__main__":
         if str(paths.out) == OUT:  # in the pipeline a wrong path on a list must not wait until the music is rendered
             check_list(params.data.train_list, OUT)
             check_list(params.data.convert_list, OUT)
-        with alone(paths.out):
-            render_corpus(paths.out, params.corpus, params.compute)
+        render_corpus(params, **vars(paths))

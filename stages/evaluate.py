@@ -13,4 +13,4 @@ if __name__ == "__main__":
         metrics="metrics.json",
         text="evaluation.txt",
     ) as (params, paths):
-        evaluate(params, paths.corpus, params.convert.weights, paths.out, paths.metrics, paths.text)
+        evaluate(params, **vars(paths))

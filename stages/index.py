@@ -11,4 +11,4 @@ if __name__ == "__main__":
         out="data/index.json",
         remembered="data/.index-memory.json",
     ) as (params, paths):
-        index(params, paths.out, paths.remembered)
+        index(params, **vars(paths))

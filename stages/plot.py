@@ -14,4 +14,4 @@ if __name__ == "__main__":
         metrics="evaluation.json",
         figures="plots/figures",
     ) as (params, paths):
-        draw(params, model=params.convert.weights, **vars(paths))
+        draw(params, **vars(paths))

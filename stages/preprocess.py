@@ -11,4 +11,4 @@ if __name__ == "__main__":
         index="data/index.json",
         out="data/shards",
     ) as (params, paths):
-        preprocess(params, paths.index, paths.out, params.compute.staging)
+        preprocess(params, **vars(paths))

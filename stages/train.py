@@ -15,4 +15,4 @@ if __name__ == "__main__":
         drawings="plots/network",
         checkpoints="models/.checkpoints",
     ) as (params, paths):
-        train(params, paths.shards, paths.model, paths.metrics, paths.curves, paths.drawings, paths.checkpoints)
+        train(params, **vars(paths))

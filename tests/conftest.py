@@ -5,6 +5,7 @@ from collections import defaultdict
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch starts: tiny matrices are no work for many threads
 
+import filelock
 import project
 import pytest
 import servers
@@ -31,12 +32,17 @@ def fresh_project(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_project(fresh_project, tmp_path_factory):
-    """The tiny project after its first `dvc repro`, committed. Not to be changed: `copy` it."""
-    finished = fresh_project.copy(tmp_path_factory.mktemp("finished") / "gae")
-    ran, _ = finished.repro()
-    assert ran == project.STAGES
-    finished.commit()
-    return finished
+    """The tiny project after its first `dvc repro`, committed: one for all workers. Not to be changed: `copy` it."""
+    own = tmp_path_factory.getbasetemp()
+    place = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "finished"
+    with filelock.FileLock(f"{place}.lock"):
+        if not place.exists():
+            finished = fresh_project.copy(own / "unfinished" / "gae")
+            ran, _ = finished.repro()
+            assert ran == project.STAGES
+            finished.commit()
+            (own / "unfinished").rename(place)
+    return project.Project(place / "gae")
 
 
 @pytest.fixture(scope="session")

@@ -735,7 +735,8 @@ def _index():
 
 @cache
 def _small_params():
-    return params.validate({"cqt": tiny.CQT.model_dump(), "data": {"train_list": "list.txt", "convert_list": "list.txt"}})
+    data, convert = {"train_list": "list.txt", "convert_list": "list.txt"}, {"weights": "model.safetensors"}
+    return params.validate({"cqt": tiny.CQT.model_dump(), "data": data, "convert": convert})
 
 
 def _furnish_conversion():
@@ -748,7 +749,7 @@ def _furnish_conversion():
 
 def _convert(path):
     with _in_this_process():
-        convert.convert_list(Path("shards"), Path("index.json"), Path("model.safetensors"), Path("out"), _small_params())
+        convert.convert_list(_small_params(), Path("shards"), Path("index.json"), Path("out"))
     assert all(name in ("index.json", "model.safetensors", "stranger.json") or name.endswith(".h5") for name in os.listdir("out"))
 
 

@@ -58,7 +58,8 @@ class Project:
         self.index.write_text(json.dumps({"schema": 1, "train": [], "convert": entries, "skipped": self.skipped}))
 
     def run(self):
-        convert_list(self.shards, self.index, self.weights, self.out, self.params)
+        convert = self.params.convert.model_copy(update={"weights": str(self.weights)})
+        convert_list(self.params.model_copy(update={"convert": convert}), self.shards, self.index, self.out)
         return json.loads((self.out / "index.json").read_text(encoding="utf-8"))
 
     def files(self):

@@ -30,7 +30,7 @@ def rendered(few_pieces, tmp_path_factory):
     out = tmp_path_factory.mktemp("corpus")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "catalogue", lambda: few_pieces)
-        return out, corpus.render_corpus(out, SMALL, COMPUTE)
+        return out, corpus.render_corpus(params.Params(corpus=SMALL, compute=COMPUTE), out)
 
 
 def listen(path):
@@ -343,10 +343,25 @@ def test_pieces_under_way_are_waited_for_when_there_are_enough(monkeypatch):
 
     monkeypatch.setattr(corpus, "render_piece", render)
     with ThreadPoolExecutor(2) as pool:
-        reports = corpus._in_order(submit, [(number,) for number in range(20)], 4)
+        reports = corpus._in_order(submit, [(number,) for number in range(20)], lambda: 5)
         assert [next(reports), next(reports)] == [0, 1]
         reports.close()
         assert sorted(ended) == sorted(begun) and len(begun) < 20
+
+
+def test_no_more_pieces_are_begun_than_can_be_wanted(monkeypatch):
+    begun, under_way = [], []
+
+    def submit(function, number):
+        begun.append(number)
+        under_way.append(len(begun) - len(chosen))
+        promise = Future()
+        promise.set_result({"id": number, "melodies": [], "minutes": 1 if number else 3})
+        return promise
+
+    chosen = []
+    assert corpus._gather(submit, 4, [(n,) for n in range(20)], chosen, [], 7, lambda report: report["minutes"], 1, "minutes") == []
+    assert begun == [0, 1, 2, 3, 4] and max(under_way) == 4 and len(chosen) == 5
 
 
 @pytest.mark.parametrize("name", ["1.flac", "piece.json"])
@@ -363,7 +378,7 @@ def test_more_music_than_there_is(few_pieces, tmp_path):
     one = [piece for piece in few_pieces if piece.kind == "chorale"][:3]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ParamsError, match=r"lower corpus\.hours"):
         patch.setattr(corpus, "catalogue", lambda: one)
-        corpus.render_corpus(tmp_path, SMALL, params.Compute(workers=1))
+        corpus.render_corpus(params.Params(corpus=SMALL, compute=params.Compute(workers=1)), tmp_path)
 
 
 def test_harmonisations_of_one_melody_are_alike():

@@ -16,11 +16,16 @@ from gae.evaluate import KINDS, chroma, comparison, copy_error, delayed, evaluat
 from gae.files import read_json
 from gae.measures import Alignment
 from gae.modelfile import load_model, save_model
-from gae.params import Evaluate, Params, Train
+from gae.params import Convert, Evaluate, Params, Train
 
 RATE = tiny.CQT.sample_rate
 SETTINGS = Evaluate(frames=40, stack=4, alignment_hop=0.064, bootstrap=50)
 PARAMS = Params(evaluate=SETTINGS, train=Train(shift=6))
+
+
+def by(model, params=PARAMS):
+    """The parameters that have a model judged."""
+    return params.model_copy(update={"convert": Convert(weights=str(model))})
 
 
 def play(notes, beats, k, brightness):
@@ -68,7 +73,7 @@ def places(folder, name="evaluation"):
 
 @pytest.fixture
 def figures(corpus, model, tmp_path, in_this_process):
-    evaluate(PARAMS, corpus, model, *places(tmp_path))
+    evaluate(by(model), corpus, *places(tmp_path))
     return read_json(tmp_path / "evaluation.json")
 
 
@@ -76,7 +81,7 @@ def figures(corpus, model, tmp_path, in_this_process):
 def found(request, corpus, tmp_path, in_this_process):
     """Top-1 of one frame and of stacks for each kind, by frames that are compressed or not."""
     save_model(tmp_path / "gae.safetensors", tiny.model().network, tiny.CQT.model_copy(update={"compression": request.param}))
-    evaluate(PARAMS, corpus, tmp_path / "gae.safetensors", *places(tmp_path))
+    evaluate(by(tmp_path / "gae.safetensors"), corpus, *places(tmp_path))
     invariance = read_json(tmp_path / "evaluation.json")["invariance"]
     return request.param, *({kind: invariance[kind][name] for kind in KINDS} for name in ("top1", "top1_stacked"))
 
@@ -132,7 +137,7 @@ def test_one_table_sets_all_measures_beside_the_baselines(figures):
 
 
 def test_figures_are_the_same_again(figures, corpus, model, tmp_path, capsys):
-    evaluate(PARAMS, corpus, model, *places(tmp_path, "again"))
+    evaluate(by(model), corpus, *places(tmp_path, "again"))
     again = read_json(tmp_path / "again.json")
     assert {key: again[key] for key in again if key != "speed"} == {key: figures[key] for key in again if key != "speed"}
     assert read_json(tmp_path / "metrics.json") == comparison(again)
@@ -297,10 +302,10 @@ def test_what_is_missing_is_named(corpus, model, tmp_path, in_this_process):
     with pytest.raises(FormatError, match="no held-out piece has beats"):
         heldout_pieces(tmp_path)
     with pytest.raises(FormatError, match="no such model"):
-        evaluate(PARAMS, corpus, tmp_path / "none.safetensors", *places(tmp_path))
+        evaluate(by(tmp_path / "none.safetensors"), corpus, *places(tmp_path))
     long = PARAMS.model_copy(update={"evaluate": SETTINGS.model_copy(update={"stack": 1000})})
     with pytest.raises(ParamsError, match=r"evaluate\.stack: got 1000 frames.*piece-0"):
-        evaluate(long, corpus, model, *places(tmp_path))
+        evaluate(by(model, long), corpus, *places(tmp_path))
 
 
 class Memory(Persistence):

@@ -18,7 +18,7 @@ from gae.features import Origin, write
 from gae.mapping import extract_frames
 from gae.measures import pool
 from gae.modelfile import load_model, save_model
-from gae.params import Cqt, Params, Plot
+from gae.params import Convert, Cqt, Params, Plot
 from gae.pictures import draw_losses, draw_network, note_ticks, self_similarity
 from gae.plot import draw, draw_track
 from gae.shards import add_track, write_folder, writing
@@ -61,7 +61,7 @@ def metrics():
 
 @pytest.fixture
 def run(tmp_path):
-    """What the stages before leave behind: the arguments of `draw`."""
+    """What the stages before leave behind, and where pictures go: paths for `draw_all`."""
     piece = tmp_path / "corpus" / "heldout" / "a"
     piece.mkdir(parents=True)
     for take, frequency in (("original", 440), ("transposed", 660)):
@@ -81,11 +81,17 @@ def run(tmp_path):
     return [tmp_path / name for name in paths]
 
 
+def draw_all(run, **plot):
+    """`draw` by the model that is third of the paths of a run."""
+    params = Params(plot=PLOT.model_copy(update=plot), convert=Convert(weights=str(run[2])))
+    draw(params, *run[:2], *run[3:])
+
+
 def test_every_picture_is_drawn(run, in_this_process):
     before = dict(matplotlib.rcParams)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw(Params(plot=PLOT), *run)
+        draw_all(run)
     figures = run[-1]
     drawn = {str(path.relative_to(figures)) for path in figures.rglob("*") if path.is_file()}
     tracks = {"tracks/song.png", "tracks/Für $Elise$ 楽.png", "tracks/no.dots.png"}
@@ -99,7 +105,7 @@ def test_a_mapping_is_drawn_as_it_was_converted_and_when(run, in_this_process, m
     """The excerpt lies in the middle, and what comes before it is its context."""
     drawn = []
     monkeypatch.setattr(pictures, "draw_mapping", lambda frames, mapping, cqt, begin, *more: drawn.append((frames, mapping, begin)))
-    draw(Params(plot=PLOT.model_copy(update={"seconds": 1.0})), *run)
+    draw_all(run, seconds=1.0)
     frames, mapping, begin = drawn[0]
     start = round(begin / tiny.CQT.frame_seconds)
     assert start > 100 and np.array_equal(frames, tiny.frames(300)[start : start + len(frames)])
@@ -107,14 +113,14 @@ def test_a_mapping_is_drawn_as_it_was_converted_and_when(run, in_this_process, m
 
 
 def test_a_passage_shorter_than_a_frame_is_drawn_as_two_frames(run, in_this_process):
-    draw(Params(plot=PLOT.model_copy(update={"seconds": 0.001})), *run)
+    draw_all(run, seconds=0.001)
     assert is_a_picture(run[-1] / "transposition.png")
 
 
 def test_pictures_need_the_models_frames(run, in_this_process):
     save_model(run[2], tiny.model().network, Cqt(n_bins=36, sample_rate=8000, fmin=100.0))
     with pytest.raises(FormatError, match="other cqt parameters"):
-        draw(Params(plot=PLOT), *run)
+        draw_all(run)
 
 
 @pytest.mark.parametrize(
@@ -130,22 +136,22 @@ def test_pictures_need_the_models_frames(run, in_this_process):
 def test_damaged_figures_are_named_before_anything_is_drawn(run, in_this_process, damage):
     run[4].write_text(damage(run[4].read_text()))
     with pytest.raises(FormatError, match=r"metrics\.json: missing or damaged; run `dvc repro evaluate`"):
-        draw(Params(plot=PLOT), *run)
+        draw_all(run)
     run[4].unlink()
     with pytest.raises(FormatError, match=r"metrics\.json: missing or damaged"):
-        draw(Params(plot=PLOT), *run)
+        draw_all(run)
     assert not run[-1].exists()
 
 
 def test_what_is_not_there_to_draw_is_named(run, in_this_process):
     with pytest.raises(FormatError, match="none: no such folder; run `dvc repro convert`"):
-        draw(Params(plot=PLOT), *run[:3], run[0] / "none", *run[4:])
+        draw_all([*run[:3], run[0] / "none", *run[4:]])
     write(run[3] / "empty.h5", [], (0, tiny.SIZES.n_maps), Origin(tiny.CQT, "empty.wav"))
     with pytest.raises(FormatError, match=r"empty\.h5: holds no frame"):
-        draw(Params(plot=PLOT), *run)
+        draw_all(run)
     (run[1] / "index.json").write_text(json.dumps({"schema": json.loads((run[1] / "index.json").read_text())["schema"], "lines": []}))
     with pytest.raises(FormatError, match="shards: holds no track; run `dvc repro preprocess`"):
-        draw(Params(plot=PLOT), *run)
+        draw_all(run)
 
 
 def test_drawings_of_the_network_are_named_by_step_and_change_with_it(tmp_path):

@@ -59,13 +59,15 @@ def lists(train, convert):
 
 def values(**sections):
     data = {"train_list": "train.txt", "convert_list": "convert.txt", "shifted_views": 0, **sections.pop("data", {})}
-    return params.validate({"data": data, "cqt": {**CQT, **sections.pop("cqt", {})}, "compute": {"workers": 1}, **sections})
+    return params.validate(
+        {"data": data, "cqt": {**CQT, **sections.pop("cqt", {})}, "compute": {"workers": 1, "staging": "staging"}, **sections}
+    )
 
 
 def run(**sections):
     """Index and preprocess; the tracks of both lists by name of their file."""
     index(**sections)
-    preprocess(values(**sections), Path("index.json"), Path("shards"), Path("staging"))
+    preprocess(values(**sections), Path("index.json"), Path("shards"))
     assert not Path("staging").exists()
     return held()
 
@@ -244,7 +246,7 @@ def test_a_file_that_changes_after_the_index_stops_the_run(folder, computed):
     index()
     soundfile.write("music/d.wav", tiny.tone(2, 8000, 300.0), 8000)
     with pytest.raises(AudioError, match=r"^music/d\.wav: changed while it was read; run again$"):
-        preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+        preprocess(values(), Path("index.json"), Path("shards"))
     assert not Path("shards/train/index.json").exists()
     computed.clear()
     run()
@@ -256,10 +258,10 @@ def test_a_file_that_is_gone_after_the_index_stops_the_run(folder, computed):
     index()
     os.rename("music/d.wav", "music/away.wav")
     with pytest.raises(AudioError, match=r"^music/d\.wav: changed, or can't be read any more; run again$"):
-        preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+        preprocess(values(), Path("index.json"), Path("shards"))
     os.rename("music/away.wav", "music/d.wav")
     computed.clear()
-    preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+    preprocess(values(), Path("index.json"), Path("shards"))
     assert computed == ["music/d.wav"]
 
 
@@ -281,9 +283,9 @@ def test_a_file_that_gives_no_frames_is_skipped_or_stops_the_run(folder, compute
     index()
     unusable.add("music/d.wav")
     with pytest.raises(AudioError, match=r"^music/d\.wav: "):
-        preprocess(values(data={"on_error": "stop"}), Path("index.json"), Path("shards"), Path("staging"))
+        preprocess(values(data={"on_error": "stop"}), Path("index.json"), Path("shards"))
     for count in (0, 2):
-        preprocess(values(data={"shifted_views": count}), Path("index.json"), Path("shards"), Path("staging"))
+        preprocess(values(data={"shifted_views": count}), Path("index.json"), Path("shards"))
         assert names(held())["train"] == [["a"] * (1 + count), ["b", "c"], ["e"] * (1 + count)]
         assert capsys.readouterr().err.count("warning: skipped music/d.wav: ") == 1
 
@@ -293,7 +295,7 @@ def test_nothing_usable_is_an_error(folder, computed, unusable):
     index()
     unusable.add("music/f.wav")
     with pytest.raises(ListError, match=r"nothing usable is left of the convert list"):
-        preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+        preprocess(values(), Path("index.json"), Path("shards"))
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"train": []}'])
@@ -301,7 +303,7 @@ def test_a_broken_index_is_one_line(folder, computed, text):
     if text is not None:
         Path("index.json").write_text(text)
     with pytest.raises(FormatError, match=r"^index\.json: missing or damaged; run `dvc repro index`$"):
-        preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+        preprocess(values(), Path("index.json"), Path("shards"))
 
 
 def test_what_other_parameters_left_behind_goes(folder, computed):
@@ -319,7 +321,7 @@ def test_what_the_user_put_there_stays(folder, computed, name):
     if not name.endswith("/"):
         mine.write_text("mine")
     index()
-    preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+    preprocess(values(), Path("index.json"), Path("shards"))
     assert mine.is_dir() if name.endswith("/") else mine.read_text() == "mine"
     assert [path for path in (folder / "staging").rglob("*") if path.is_file()] == ([] if name.endswith("/") else [mine])
 
@@ -329,7 +331,7 @@ def test_other_files_beside_shards_stay(folder, computed):
     (folder / "shards" / "train" / "annotations.h5").write_text("mine")
     lists(["a"], ["b"])
     index()
-    preprocess(values(), Path("index.json"), Path("shards"), Path("staging"))
+    preprocess(values(), Path("index.json"), Path("shards"))
     assert (folder / "shards" / "train" / "annotations.h5").read_text() == "mine"
 
 

@@ -68,7 +68,7 @@ def values(staging, **compute):
 def run(staging="staging", out="shards", **compute):
     settings = values(staging, **compute)
     indexing.index(settings, "index.json", "memory.json")
-    preprocess.preprocess(settings, Path("index.json"), Path(out), staging)
+    preprocess.preprocess(settings, Path("index.json"), Path(out))
     return tiny.content(out)
 
 
@@ -348,7 +348,7 @@ def test_a_damaged_file_that_waits_is_one_line(both_lists, in_this_process, musi
     with pytest.raises(
         FormatError, match=rf"^memory:///bucket/staging/\w+/{key}-32\.h5: not a readable shard .*; delete it and run"
     ) as caught:
-        preprocess.preprocess(settings, Path("index.json"), Path("shards"), "memory://bucket/staging")
+        preprocess.preprocess(settings, Path("index.json"), Path("shards"))
     assert len(str(caught.value).splitlines()) == 1 and "gae-" not in str(caught.value)
 
 
@@ -357,11 +357,11 @@ def test_a_file_that_is_gone_after_the_index_stops_the_run(both_lists, in_this_p
     indexing.index(settings, "index.json", "memory.json")
     music.rm("/bucket/a.wav")
     with pytest.raises(AudioError, match=r"^memory://bucket/a\.wav: changed, or can't be read any more; run again$"):
-        preprocess.preprocess(settings, Path("index.json"), Path("shards"), "memory://bucket/staging")
+        preprocess.preprocess(settings, Path("index.json"), Path("shards"))
     sing("a", 200.0)
     sing("b", 700.0)
     with pytest.raises(AudioError, match=r"^memory://bucket/b\.wav: changed while it was read; run again$"):
-        preprocess.preprocess(settings, Path("index.json"), Path("afresh"), "memory://bucket/other")
+        preprocess.preprocess(values("memory://bucket/other"), Path("index.json"), Path("afresh"))
 
 
 def test_frames_that_do_not_arrive_are_one_line(music, monkeypatch):
@@ -370,7 +370,7 @@ def test_frames_that_do_not_arrive_are_one_line(music, monkeypatch):
     indexing.index(settings, "index.json", "memory.json")
     monkeypatch.setattr(preprocess, "map_tracks", lambda function, items, *_: [None for _ in items])
     with pytest.raises(StorageError, match=r"^staging/[0-9a-f]+: 2 of 2 computed tracks do not arrive here; let compute\.staging name"):
-        preprocess.preprocess(settings, Path("index.json"), Path("shards"), "staging")
+        preprocess.preprocess(settings, Path("index.json"), Path("shards"))
 
 
 # ---- where work runs -------------------------------------------------------------------------------------------------

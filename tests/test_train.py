@@ -61,8 +61,8 @@ def draw_nothing(network, cqt, frames, folder, step):
 
 def places(folder):
     return {
-        "model_path": folder / "gae.safetensors",
-        "metrics_path": folder / "metrics.json",
+        "model": folder / "gae.safetensors",
+        "metrics": folder / "metrics.json",
         "curves": folder / "training",
         "drawings": folder / "network",
         "checkpoints": folder / "checkpoints",
