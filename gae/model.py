@@ -229,4 +229,5 @@ class _InfoNCE(torch.autograd.Function):
         slope = (1 / rows[..., None] + 1 / columns[..., None, :]).mul_(likeness)
         slope.diagonal(dim1=-2, dim2=-1).sub_(2)
         slope, scale = slope.to(queries.dtype), gradient / (2 * rows.numel() * ctx.temperature)
-        return (slope @ keys) * scale, (slope.mT @ queries) * scale, None
+        # the second is a product with slope as it lies: one with its transpose would copy it first
+        return (slope @ keys) * scale, (queries.mT @ slope).mT * scale, None
