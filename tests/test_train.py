@@ -17,6 +17,7 @@ from servers import free_port
 
 from gae import params, pictures, view
 from gae import train as module
+from gae.batches import Excerpts
 from gae.checkpoints import Checkpoints
 from gae.errors import GaeError, TrainingError, explained
 from gae.files import read_json, write_json
@@ -716,6 +717,25 @@ def test_a_device_that_is_not_there_is_one_line(shards, tmp_path):
         pytest.skip("there is one")
     with pytest.raises(TrainingError, match=r"^train\.accelerator cuda, train\.devices 1: .*not available"):
         learn(recipe(accelerator="cuda"), shards, tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
+def test_a_step_elsewhere_brings_nothing_of_the_processors(shards, monkeypatch, objective):
+    """Tensors of the meta device stand for a GPU's: whatever meets one of the processor's raises."""
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and asked(kind))  # which it does not know
+    settings = recipe(objective=objective, sparsity=1e-5, weight_decay=1e-5)
+    with Shards(shards) as frames:
+        excerpts = Excerpts(frames, frames.lines, settings.model.lags, settings.train)
+        batch = [torch.from_numpy(array).to("meta") for array in next(excerpts.batches(0, 1))]
+    model = GatedAutoencoder(tiny.CQT.n_bins, settings.model).to("meta")
+    module.Objective(model, settings.train)(*batch, 0.3)["loss"].backward()
+    for optimiser in module.optimisers_of(model, settings.train):
+        optimiser.step()
+    model.set_filter_norm(settings.train.filter_norm)
+    x, y = batch[0][0], batch[0][0][:, settings.model.reach :]
+    assert model.reconstruct(model.mapping(x[:, :-1], y), x[:, :-1]).device.type == "meta"
+    assert all(weight.grad.device.type == "meta" for weight in model.parameters())
 
 
 def test_validation_knows_invariant_features_from_others(tmp_path):
