@@ -24,8 +24,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	@$(ACTIVATE) ruff check . && ruff format --check .
 
-# what is imported is compiled then: most of what is installed never is
 $(VENV)/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
