@@ -12,9 +12,10 @@ import gae
 from gae import audio, convert, modelfile, shards
 from gae.convert import convert_file, convert_list, convert_track, extract, feature_names
 from gae.cqt import frames
-from gae.errors import AudioError, FormatError, ParamsError
+from gae.errors import AudioError, FormatError, GaeError, ParamsError
 from gae.features import read
 from gae.files import content_hash
+from gae.locks import alone
 from gae.mapping import extract_frames
 from gae.modelfile import SHIPPED, save_model
 from gae.params import Params
@@ -85,6 +86,12 @@ def test_every_track_gets_its_own_features(project, weights):
     assert tracks["c/other.mp3"]["file"] == "other.h5"
     assert {name[:7].lower() for name in (tracks["a/Song.wav"]["file"], tracks["b/song.flac"]["file"])} == {"a-song-", "b-song-"}
     assert index["skipped"] == project.skipped[:1]
+
+
+def test_a_second_conversion_beside_the_first_is_refused(project, in_this_process):
+    with alone(project.out), pytest.raises(GaeError, match="features: another run is writing here"):
+        project.run()
+    assert project.files() == {}
 
 
 def test_what_a_stopped_run_of_another_list_left_goes(project, in_this_process):

@@ -9,7 +9,8 @@ import pytest
 import soundfile
 
 from gae import corpus, params, scores, synthesis
-from gae.errors import ParamsError
+from gae.errors import GaeError, ParamsError
+from gae.locks import alone
 
 SMALL = params.Corpus(hours=0.02, views=2, view_transposition=6, heldout=2, seed=1)
 COMPUTE = params.Compute(workers=2)
@@ -347,6 +348,11 @@ def test_pieces_under_way_are_waited_for_when_there_are_enough(monkeypatch):
         assert [next(reports), next(reports)] == [0, 1]
         reports.close()
         assert sorted(ended) == sorted(begun) and len(begun) < 20
+
+
+def test_a_second_rendering_beside_the_first_is_refused(tmp_path):
+    with alone(tmp_path / "corpus"), pytest.raises(GaeError, match="corpus: another run is writing here"):
+        corpus.render_corpus(params.Params(corpus=SMALL, compute=COMPUTE), tmp_path / "corpus")
 
 
 def test_no_more_pieces_are_begun_than_can_be_wanted(monkeypatch):
