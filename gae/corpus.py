@@ -66,12 +66,13 @@ def render_corpus(params, out):
     GaeError
         If another process writes into the folder.
     """
+    out = Path(out)
     with alone(out):
-        heldout, train, left_out = _render_corpus(params.corpus, beside_files(params.compute), Path(out))
+        heldout, train, left_out = _render_corpus(params.corpus, beside_files(params.compute), out)
         _keep_only(out, heldout + train)
         described = [{key: value for key, value in report.items() if key not in _PRIVATE} for report in heldout + train]
         index = {"pieces": described, "left_out": left_out}
-        write_json(Path(out) / "corpus.json", index)
+        write_json(out / "corpus.json", index)
     return index
 
 
@@ -81,13 +82,13 @@ def _render_corpus(params, compute, out):
     with submitting(compute) as submit:
         gather = partial(_gather, submit, 1 + 2 * (compute.workers or n_cores()))
         jobs = _jobs("heldout", _heldout_candidates(pieces, params.seed), out, params)
-        left_out = gather(jobs, heldout, heldout, params.heldout, lambda report: 1, 1, "held-out pieces")
+        left_out = gather(jobs, heldout, heldout, params.heldout, "held-out pieces", size=lambda report: 1, least=1)
 
         works = {report["work"] for report in heldout}
         candidates = [piece for piece in _training_candidates(pieces, params.seed) if piece.work not in works]
         jobs = _jobs("train", [(piece, None) for piece in candidates], out, params)
-        minutes, shortest = round(params.hours * 60, 3), _SECONDS[0] / 60
-        left_out += gather(jobs, train, heldout, minutes, lambda report: report["duration_s"] / 60, shortest, "minutes of music")
+        goal, minutes = round(params.hours * 60, 3), lambda report: report["duration_s"] / 60
+        left_out += gather(jobs, train, heldout, goal, "minutes of music", size=minutes, least=_SECONDS[0] / 60)
     return heldout, train, left_out
 
 
@@ -134,10 +135,10 @@ def _in_order(submit, jobs, wanted):
             future.cancel()
 
 
-def _gather(submit, most, jobs, chosen, rivals, goal, size, least, label):
-    """Add reports to `chosen` until their sizes reach the goal.
+def _gather(submit, most, jobs, chosen, rivals, goal, label, size, least):
+    """Add reports to `chosen` until their sizes, `least` or more each, reach the goal.
 
-    Up to `most` jobs are under way, and no more than can be wanted where each gives `least` or more.
+    Up to `most` jobs are under way, and no more than can be wanted.
 
     Returns what was left out, with reasons: what can't be played, and what resembles one of the `rivals`.
     """

@@ -64,7 +64,7 @@ def evaluate(params, corpus, out, metrics, text):
     Parameters
     ----------
     params : gae.params.Params
-        Reads evaluate, convert.weights, the model to judge, whose own CQT parameters are used throughout, train.shift and compute.
+        Reads evaluate, train.shift, compute, and convert.weights: the model to judge, by its own CQT parameters throughout.
     corpus : Path
         Folder of `gae.corpus`.
     out : Path

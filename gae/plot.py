@@ -26,7 +26,7 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     Parameters
     ----------
     params : gae.params.Params
-        Reads plot, convert.weights, the model that made the features, and compute.
+        Reads plot, compute, and convert.weights: the model that made the features.
     corpus : Path
         Folder of `gae.corpus`: its first held-out piece is shown in two keys.
     shards : Path

@@ -30,7 +30,7 @@ def preprocess(params, index, out):
     Parameters
     ----------
     params : gae.params.Params
-        Reads cqt, data and compute, whose staging holds computed tracks that are in no shard yet, and is gone at the end.
+        Reads cqt, data and compute. Its staging, a folder or URL, holds computed tracks that are in no shard yet; gone at the end.
     index : Path
         As `gae.index.index` writes it.
     out : Path

@@ -355,7 +355,7 @@ def test_a_second_rendering_beside_the_first_is_refused(tmp_path):
         corpus.render_corpus(params.Params(corpus=SMALL, compute=COMPUTE), tmp_path / "corpus")
 
 
-def test_no_more_pieces_are_begun_than_can_be_wanted(monkeypatch):
+def test_no_more_pieces_are_begun_than_can_be_wanted():
     begun, under_way = [], []
 
     def submit(function, number):
@@ -366,7 +366,8 @@ def test_no_more_pieces_are_begun_than_can_be_wanted(monkeypatch):
         return promise
 
     chosen = []
-    assert corpus._gather(submit, 4, [(n,) for n in range(20)], chosen, [], 7, lambda report: report["minutes"], 1, "minutes") == []
+    jobs = [(number,) for number in range(20)]
+    assert corpus._gather(submit, 4, jobs, chosen, [], 7, "minutes", size=lambda report: report["minutes"], least=1) == []
     assert begun == [0, 1, 2, 3, 4] and max(under_way) == 4 and len(chosen) == 5
 
 
