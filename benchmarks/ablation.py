@@ -40,6 +40,10 @@ VARIATIONS = {
     "no-compression": ["cqt.compression=none"],
     "gain-200": ["cqt.gain=200"],
     "input-scale-1": ["model.input_scale=1"],
+    "16-excerpts": ["train.batch=16", "train.stride=1"],  # of as many frames in all
+    "32-excerpts": ["train.batch=32", "train.stride=2"],
+    "128-excerpts": ["train.batch=128", "train.stride=8"],
+    "longer-excerpts": ["train.block=128", "train.stride=8"],
     "8-long-excerpts": ["train.batch=8", "train.block=128", "train.stride=1"],
     "batch-32": ["train.batch=32", "train.contrast_frames=512"],
     "batch-128": ["train.batch=128"],
