@@ -126,7 +126,7 @@ def convert_list(params, shards, index, out):
     index : Path
         As `gae.index.index` writes it.
     out : Path
-        Folder for a feature file each and index.json: {"model_sha256", "tracks": [{path, file, key, n_frames}],
+        Folder for a feature file each and index.json: {"schema", "model_sha256", "tracks": [{path, file, key, n_frames}],
         "skipped": [{path, list, line, reason}]}. Files there that are what would be written are kept.
 
     Raises

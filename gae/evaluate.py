@@ -68,9 +68,11 @@ def evaluate(params, corpus, out, metrics, text):
     corpus : Path
         Folder of `gae.corpus`.
     out : Path
-        JSON. All figures are in percent, but for the speeds; each is a mean over the pieces and stands with its standard
-        error, named `<figure>_se`, by bootstrap over the pieces:
+        JSON. All figures but `pieces` and `speed` are in percent, means over the pieces, each with its standard error beside it,
+        named `<figure>_se`, by bootstrap over the pieces:
 
+        pieces
+            How many were held out.
         invariance.<kind>.top1, top1_stacked
             Frames whose counterpart in the transposed rendering is the nearest by cosine among all pieces' candidates, for
             one frame and for `evaluate.stack` successive ones.
@@ -82,7 +84,7 @@ def evaluate(params, corpus, out, metrics, text):
         speed.conversion_times_real_time
             Seconds of audio that become features in a second, in one process, from the file on.
     metrics : Path
-        JSON. The same without standard errors, a row for each kind of feature: what `dvc metrics` and `dvc exp show` compare.
+        JSON. What `dvc metrics` and `dvc exp show` compare, as `comparison` makes it of these.
     text : Path
         The table that is printed.
 

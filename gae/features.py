@@ -44,8 +44,8 @@ class Origin:
     source_sha256, model_sha256 : str
         Hash of the audio file and of the model file, 64 hexadecimal digits each; empty where there was none.
     made_by : str
-        Digest of what else decides the values: code, versions of packages, how the frames were stored. Empty where the
-        features are not kept from one run to the next.
+        Digest of what else decides the values: code, versions of packages, how the frames were stored, which of them are a
+        context, the transpositions. Empty where the features are not kept from one run to the next.
     """
 
     cqt: Cqt

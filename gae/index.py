@@ -29,8 +29,8 @@ def index(params, out, remembered):
     params : gae.params.Params
         Reads data, cqt.sample_rate, cqt.hop_length and compute.
     out : Path
-        JSON: {"train": [[file, ...views], ...], "convert": [[file], ...], "skipped": [{path, list, line, reason}]} where a
-        file is {path, key, sha256, bytes, seconds, sample_rate, channels}.
+        JSON: {"schema", "train": [[file, ...views], ...], "convert": [[file], ...], "skipped": [{path, list, line, reason}]}
+        where a file is {path, key, sha256, bytes, seconds, sample_rate, channels}.
     remembered : Path
         What was found at earlier runs, by path, size and time. May be missing or stale.
 
@@ -40,6 +40,8 @@ def index(params, out, remembered):
         If a list names a file that does not exist, or nothing usable.
     AudioError
         If a file is unusable and data.on_error is "stop".
+    StorageError
+        If a URL can't be reached.
     """
     lists = {"train": read_list(params.data.train_list), "convert": read_list(params.data.convert_list)}
     paths = sorted({path for lines in lists.values() for line in lines for path in line.paths})

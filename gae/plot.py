@@ -37,6 +37,11 @@ def draw(params, corpus, shards, tracks, metrics, figures):
         JSON that `gae.evaluate` wrote.
     figures : Path
         Folder for the pictures: PNG, those of the tracks in figures/tracks.
+
+    Raises
+    ------
+    FormatError
+        If the corpus, the shards, the features, the metrics or the model are missing or damaged.
     """
     model, evaluation, tracks = load_model(params.convert.weights), read_figures(metrics), Path(tracks)
     heldout_pieces(corpus)  # before any work, lest it be missing

@@ -4,7 +4,7 @@ A folder of shards is a set of tracks. Which shard holds a track follows from it
 hash), and how many shards there are from the total size alone: the same tracks give the same files, in whatever order
 they came, and one more track rewrites one file.
 
-    <folder>/index.json          the lines of the list, in order: {"lines": [[{"key", "path", "n_frames"}, ...views], ...]}
+    <folder>/index.json          the lines of the list, in order: {"schema", "lines": [[{"key", "path", "n_frames"}, ...views], ...]}
     <folder>/shard-<bits>.h5     attributes: schema, cqt (JSON); one group a track, named by its key:
                                  dataset "cqt" (n_frames, n_bins), chunked in time, not compressed;
                                  attributes path, duration (s), n_frames, peak (largest magnitude),
@@ -234,21 +234,19 @@ def write_folder(folder, lines, sources, cqt, shard_bytes):
     folder : str or Path
     lines : list of list of (str, str)
         Key and path of the list's tracks, line by line.
-    sources : dict of str to Path or Track
-        For each key, a shard that holds it, in `folder` itself or where nothing changes meanwhile; or the track, if it waits
-        at a URL. What waits there is fetched when its shard is written.
+    sources : dict of str to Track
+        Where each key's frames lie: in `folder` itself, in a shard elsewhere that does not change meanwhile, or at a URL. What
+        waits at a URL is fetched when its shard is written.
     cqt : Cqt
     shard_bytes : int
         Shards are halved until their average is below this.
     """
     folder = Path(folder)
     paths = dict(sorted(track for line in lines for track in line))
-    shards = {file: read_shard(file)[1] for file in {sources[key] for key in paths} if not isinstance(file, Track)}
-    found = {key: sources[key] if isinstance(sources[key], Track) else shards[sources[key]][key] for key in paths}
-    tracks = {key: replace(found[key], path=path) for key, path in paths.items()}
+    tracks = {key: replace(sources[key], path=path) for key, path in paths.items()}
     plan = _plan(tracks, shard_bytes, cqt)
     for name, wanted in plan.items():
-        found_there = all(found[track.key] == replace(track, file=folder / name) for track in wanted)
+        found_there = all(sources[track.key] == replace(track, file=folder / name) for track in wanted)
         if not (found_there and _holds_just(folder / name, len(wanted), cqt)) and not _holds(folder / name, wanted, cqt):
             _write_shard(folder / name, wanted, cqt)
     for file in folder.glob("shard-*.h5"):

@@ -540,7 +540,7 @@ def _read_shards(path):
             n_frames, blocks = shards.read_blocks(folder.tracks[key].file, key)
             assert sum(map(len, blocks)) == n_frames
         lines = [[(track.key, track.path)] for track in folder.tracks.values()]
-        shards.write_folder("out", lines, {key: track.file for key, track in folder.tracks.items()}, folder.cqt, 1 << 20)
+        shards.write_folder("out", lines, folder.tracks, folder.cqt, 1 << 20)
 
 
 def _features(file, n_frames=20):

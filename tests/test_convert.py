@@ -39,10 +39,11 @@ class Project:
         folder.joinpath("sources").mkdir()
         sources = {}
         for content, key in keys.items():
-            sources[key] = folder / "sources" / f"{key}.h5"
-            with shards.writing(sources[key], cqt) as shard:
+            file = folder / "sources" / f"{key}.h5"
+            with shards.writing(file, cqt) as shard:
                 block = tiny.frames(600 + content, content, cqt.n_bins)
                 shards.add_track(shard, key, [block], cqt.n_bins, dtype, path="x", duration=1.0, peak=1.0, code=code)
+            sources |= shards.read_shard(file)[1]
         listed = [[(keys[content], path)] for path, content in contents.items()]
         shards.write_folder(self.shards, listed, sources, cqt, 1 << 30)
         entries = [

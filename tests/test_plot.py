@@ -21,7 +21,7 @@ from gae.modelfile import load_model, save_model
 from gae.params import Convert, Cqt, Params, Plot
 from gae.pictures import draw_losses, draw_network, note_ticks, self_similarity
 from gae.plot import draw, draw_track
-from gae.shards import add_track, write_folder, writing
+from gae.shards import add_track, read_shard, write_folder, writing
 
 PLOT = Plot(dpi=50, seconds=4, filters=20)
 NETWORK = ("filters_x", "filters_y", "histograms", "mapping", "reconstruction")
@@ -71,7 +71,7 @@ def run(tmp_path):
     frames, key = tiny.frames(300), "0" * 64
     with writing(tmp_path / "track.h5", tiny.CQT) as shard:
         add_track(shard, key, [frames], tiny.CQT.n_bins, "float32", path="music/first.wav", duration=9.6, peak=1.0)
-    write_folder(tmp_path / "shards", [[(key, "music/first.wav")]], {key: tmp_path / "track.h5"}, tiny.CQT, 1 << 20)
+    write_folder(tmp_path / "shards", [[(key, "music/first.wav")]], read_shard(tmp_path / "track.h5")[1], tiny.CQT, 1 << 20)
     save_model(tmp_path / "gae.safetensors", tiny.model().network, tiny.CQT)
     (tmp_path / "features").mkdir()
     for name in ("song", "Für $Elise$ 楽", "no.dots"):

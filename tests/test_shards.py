@@ -21,19 +21,20 @@ CQT = tiny.CQT
 
 @pytest.fixture(scope="module")
 def tracks(tmp_path_factory):
-    """Ten tracks of 20 to 290 frames, each in a shard of its own: {key: file}."""
+    """Ten tracks of 20 to 290 frames, each in a shard of its own: {key: Track}."""
     return staged(tmp_path_factory.mktemp("staging"), 10)
 
 
 def staged(place, n, dtype="float32"):
-    files = {}
+    tracks = {}
     for number in range(n):
         key = hashlib.sha256(bytes([number])).hexdigest()[:32]
-        files[key] = place / f"{key}.h5"
-        with shards.writing(files[key], CQT) as shard:
+        file = place / f"{key}.h5"
+        with shards.writing(file, CQT) as shard:
             facts = {"path": f"{number}.wav", "duration": 1.5 * number, "peak": number / 4, "code": "c" * 64}
             shards.add_track(shard, key, np.split(frames_of(number), [0, 7, 7]), CQT.n_bins, dtype, **facts)
-    return files
+        tracks |= shards.read_shard(file)[1]
+    return tracks
 
 
 def frames_of(number):
@@ -132,7 +133,7 @@ def test_the_same_tracks_give_the_same_files_whatever_came_before(tmp_path_facto
     names = list(tracks)
     for wanted in history:
         keys = [names[number] for number in sorted(wanted)]
-        held = {key: track.file for key, track in Shards(tmp_path / "grown").tracks.items()} if (tmp_path / "grown").exists() else {}
+        held = Shards(tmp_path / "grown").tracks if (tmp_path / "grown").exists() else {}
         write_folder(tmp_path / "grown", listed(keys), {**tracks, **held}, CQT, shard_bytes)
     write_folder(tmp_path / "fresh", listed(keys), tracks, CQT, shard_bytes)
     assert tiny.content(tmp_path / "grown") == tiny.content(tmp_path / "fresh")
@@ -341,6 +342,6 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path):
 def test_tracks_that_lie_there_already_say_what_is_true_now(tmp_path, tracks, held, path, gain):
     key, cqt = next(iter(tracks)), CQT.model_copy(update={"gain": gain})
     write_folder(tmp_path, [[(key, "old.wav")]], tracks, CQT, 1)
-    write_folder(tmp_path, [[(key, path)]], {key: tmp_path / "shard-all.h5"} if held else tracks, cqt, 1)
+    write_folder(tmp_path, [[(key, path)]], Shards(tmp_path).tracks if held else tracks, cqt, 1)
     with Shards(tmp_path) as read:
         assert (read.tracks[key].path, read.cqt) == (path, cqt)

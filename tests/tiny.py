@@ -61,12 +61,15 @@ def write_shards(folder, lines, cqt=CQT, dtype="float32", shard_bytes=1 << 30, c
     """A folder of shards from lines of views, each an array of frames; returns the keys, line by line."""
     keyed = [[(hashlib.sha256(frames.tobytes()).hexdigest()[:32], frames) for frames in line] for line in lines]
     place = folder.with_name(folder.name + "-staging")
+    sources = {}
     for key, frames in {key: frames for line in keyed for key, frames in line}.items():
-        with shards.writing(place / f"{key}.h5", cqt) as shard:
+        file = place / f"{key}.h5"
+        with shards.writing(file, cqt) as shard:
             facts = {"path": f"{key[:6]}.wav", "duration": len(frames) * cqt.frame_seconds, "peak": 1.0, "code": code}
             shards.add_track(shard, key, [frames[:100], frames[100:]], cqt.n_bins, dtype, **facts)
+        sources |= shards.read_shard(file)[1]
     names = [[(key, f"{key[:6]}.wav") for key, _ in line] for line in keyed]
-    shards.write_folder(folder, names, {key: place / f"{key}.h5" for line in names for key, _ in line}, cqt, shard_bytes)
+    shards.write_folder(folder, names, sources, cqt, shard_bytes)
     shutil.rmtree(place)
     return [[key for key, _ in line] for line in keyed]
 
