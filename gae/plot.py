@@ -71,10 +71,10 @@ def _excerpt(folder, model, plot):
     """Frames from the middle of the first track of a folder of shards, how many of them are their past, the time after it, and a title."""
     cqt = model.cqt
     with Shards(folder) as shards:
-        if shards.cqt != cqt:
-            raise FormatError(f"{folder}: made with other cqt parameters than the model's; run `dvc repro`")
         if not shards.lines:
             raise FormatError(f"{folder}: holds no track; run `dvc repro preprocess`")
+        if shards.cqt != cqt:
+            raise FormatError(f"{folder}: made with other cqt parameters than the model's; run `dvc repro`")
         track = shards.lines[0][0]
         n_frames = min(track.n_frames, pictures.excerpt_length(plot, cqt))
         start = (track.n_frames - n_frames) // 2

@@ -152,6 +152,10 @@ def test_what_is_not_there_to_draw_is_named(run, in_this_process):
     (run[1] / "index.json").write_text(json.dumps({"schema": json.loads((run[1] / "index.json").read_text())["schema"], "lines": []}))
     with pytest.raises(FormatError, match="shards: holds no track; run `dvc repro preprocess`"):
         draw_all(run)
+    for shard in run[1].glob("*.h5"):
+        shard.unlink()
+    with pytest.raises(FormatError, match="shards: holds no track; run `dvc repro preprocess`"):
+        draw_all(run)
 
 
 def test_drawings_of_the_network_are_named_by_step_and_change_with_it(tmp_path):
