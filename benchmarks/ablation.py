@@ -44,7 +44,6 @@ VARIATIONS = {
     "32-excerpts": ["train.batch=32", "train.stride=2"],
     "128-excerpts": ["train.batch=128", "train.stride=8"],
     "longer-excerpts": ["train.block=128", "train.stride=8"],
-    "8-long-excerpts": ["train.batch=8", "train.block=128", "train.stride=1"],
     "batch-32": ["train.batch=32", "train.contrast_frames=512"],
     "batch-128": ["train.batch=128"],
     "adam": ["train.optimiser=adam"],
