@@ -2,17 +2,24 @@
 
 The rate is that of the arithmetic in which the step runs here: bf16 where the processor multiplies it, single precision elsewhere.
 
-    python benchmarks/training.py [--steps 30] [-S KEY=VALUE ...]
+    python benchmarks/training.py [--steps 30] [-S KEY=VALUE ...] [--shards data/shards/train]
 
-Run it from the root; `-S` changes the default step of params.yaml: train.batch=128, say, or train.compile=true.
+Run it from the root; `-S` changes the default step of params.yaml: train.batch=128, say, or train.compile=true. If the shards are
+there, after `dvc repro preprocess`, a training of 2,000 steps by stages/train.py tells what is left of that speed where batches are made
+beside the steps, and all else is done that a training does.
 
 The original's step: a Conv2d as high as the frame, single precision, dropout, mse, Adam, on batches of the same frames.
 Both are run in turn, step by step, so that both see the same noise of the machine.
 """
 
 import argparse
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -137,6 +144,18 @@ def measure(steps, count):
     return {name: float(np.median(seconds)) for name, seconds in taken.items()}
 
 
+def trained(shards, changes, steps=2000):
+    """Frames a second of a training by stages/train.py, one drawing of the network and the first steps, which are slow, among them."""
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = Path(folder, "metrics.json")
+        places = {name: f"{folder}/{name}" for name in ("model", "curves", "drawings", "checkpoints")}
+        places |= {"metrics": str(metrics), "shards": str(shards)}
+        options = [word for name, place in places.items() for word in (f"--{name}", place)]
+        options += [word for change in (f"train.steps={steps}", *changes) for word in ("-S", change)]
+        subprocess.run([sys.executable, "stages/train.py", *options], check=True, stderr=subprocess.DEVNULL)
+        return json.loads(metrics.read_text())["frames_per_second"]
+
+
 def unit_frames(values):
     """Random frames of unit norm for one side of a batch."""
     train = values.train
@@ -147,6 +166,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("-S", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--shards", type=Path, default=Path("data/shards/train"))
     given = parser.parse_args()
     keep_memory()
     default = params.load(overrides=given.changes)
@@ -183,3 +203,6 @@ if __name__ == "__main__":
     rate, share = operations(ours(plain, unit_frames(plain))) / seconds["the default step"] / peak, products_share(step)
     print(f"the default step's share of the matrix rate: {rate:.0%}")
     print(f"its products take {share:.0%} of its time; if they took all of it, the share would be about {rate / share:.0%}")
+    if given.shards.exists():
+        rate = trained(given.shards, given.changes)
+        print(f"in a training {rate} frames/s, {rate / rates['the default step']:.0%} of the step's")

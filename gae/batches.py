@@ -5,18 +5,17 @@ number of processes together see what one alone would see.
 """
 
 import math
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from gae.cqt import transpose
 from gae.errors import TrainingError
 
-_CHUNK = 256  # frames read at a time, as they are stored
-_CACHE_BYTES = 64 << 20  # of frames kept in memory, whatever the size of the corpus
+_KEPT_BYTES = 256 << 20  # of frames: a corpus of no more stays in memory once read; of a larger one too little would to be worth it
 
 
 class Batch(NamedTuple):
@@ -70,10 +69,9 @@ class Excerpts:
             raise TrainingError(f"train.batch ({train.batch}) must be a multiple of the number of processes ({world})")
         self.own = range(rank, train.batch, world)
         self._until = np.cumsum([_common_length(line) for line in self.lines])
-        # as they are stored, for less to copy
-        dtype = np.result_type(*{track.dtype for track in shards.tracks.values()})
-        self._sides = np.empty((2, len(self.own), self.length, shards.cqt.n_bins), dtype)
-        self._chunk = _Chunks(shards, dtype)
+        self._shape = 2, len(self.own), self.length, shards.cqt.n_bins
+        total = sum(track.n_frames * np.dtype(track.dtype).itemsize for track in shards.tracks.values()) * shards.cqt.n_bins
+        self._kept = {} if total <= _KEPT_BYTES else None
         self._waves = equaliser_waves(shards.cqt.n_bins)
 
     def batches(self, first, last):
@@ -82,8 +80,8 @@ class Excerpts:
         A batch lasts until the next is asked for: two take turns in the same memory, as arrays that come and go among small
         ones that stay would spread over ever more of it.
         """
-        rooms = np.empty((2, *self._sides.shape), np.float32)
-        with ThreadPoolExecutor(1) as ahead:
+        rooms = np.empty((2, *self._shape), np.float32)
+        with ThreadPoolExecutor(1, initializer=_work_alone) as ahead:
             following = ahead.submit(self.batch, first, rooms[first % 2]) if first < last else None
             for step in range(first, last):
                 batch = following.result()
@@ -95,21 +93,19 @@ class Excerpts:
         # numbers from train.batch on are no excerpt's: what is drawn for all must not depend on one
         common = np.random.default_rng([self.train.seed, step, self.train.batch])
         shift = int(common.integers(-self.train.shift, self.train.shift + 1))
-        self._sides.fill(0)
+        sides = np.empty(self._shape, np.float32) if room is None else room
         one_view, tempi = np.empty(len(self.own), bool), np.ones((2, len(self.own)))
         bends = np.zeros((2, len(self.own), len(self._waves)), np.float32)
-        masks = np.zeros(self._sides.shape, np.float32) if self.train.dropout else None
+        masks = np.zeros(self._shape, np.float32) if self.train.dropout else None
         for place, n in enumerate(self.own):
             rng = np.random.default_rng([self.train.seed, step, n])
-            shifts, one_view[place] = self._draw(rng, shift, self._sides[:, place])
+            shifts, one_view[place] = self._draw(rng, shift, sides[:, place])
             if self.train.dropout:
                 self._mask(rng, shifts, masks[:, place])
             if not one_view[place]:
                 tempi[int(rng.integers(2)), place] = (1 + self.train.stretch) ** rng.uniform(-1, 1)
                 if self.train.equaliser:
                     bends[:, place] = self.train.equaliser * rng.standard_normal((2, len(self._waves)))
-        sides = np.empty(self._sides.shape, np.float32) if room is None else room
-        torch.from_numpy(sides).copy_(torch.from_numpy(self._sides))  # NumPy takes several times as long
         if self.train.equaliser:
             for side, bend in zip(sides, bends, strict=True):
                 _colour(side, ~one_view, np.exp(bend @ self._waves))
@@ -123,7 +119,7 @@ class Excerpts:
         return places + self.length * np.arange(tempi.size).reshape(*tempi.shape, 1, 1)
 
     def _draw(self, rng, common_shift, sides):
-        """Put an excerpt's two sides (2, length, n_bins) into `sides`, which is zero; the shifts of both, and whether of one view."""
+        """Put an excerpt's two sides into `sides` (2, length, n_bins); the shifts of both, and whether of one view."""
         train = self.train
         line = self.lines[int(np.searchsorted(self._until, rng.integers(self._until[-1]), side="right"))]
         start = int(rng.integers(_common_length(line) - self.length + 1))
@@ -134,8 +130,9 @@ class Excerpts:
             shifts = rng.integers(-train.shift, train.shift + 1, size=2).tolist()
             if len(line) > 1 and rng.random() < train.view_share:
                 views[1] = (views[0] + int(rng.integers(1, len(line)))) % len(line)
+        stored = {view: self._read(line[view].key, start) for view in set(views)}
         for side, view, shift in zip(sides, views, shifts, strict=True):
-            self._read(line[view].key, start, shift, side)
+            torch.from_numpy(side).copy_(torch.from_numpy(transpose(stored[view], shift)))  # NumPy takes several times as long
         return shifts, views[0] == views[1]
 
     def _mask(self, rng, shifts, masks):
@@ -146,12 +143,13 @@ class Excerpts:
             else:
                 mask[:] = (rng.random(mask.shape, dtype=np.float32) >= self.train.dropout) / (1 - self.train.dropout)
 
-    def _read(self, key, start, shift, out):
-        """Put the frames of an excerpt, transposed, into `out` (length, n_bins)."""
-        for number in range(start // _CHUNK, (start + self.length - 1) // _CHUNK + 1):
-            first = number * _CHUNK - start  # of the chunk, counted from the excerpt's
-            part = self._chunk(key, number)[max(0, -first) : self.length - first]
-            transpose(part, shift, out[max(0, first) :][: len(part)])
+    def _read(self, key, start):
+        """The frames of an excerpt (length, n_bins), as they are stored."""
+        if self._kept is None:
+            return self.shards.read(key, start, start + self.length, dtype=None)
+        if key not in self._kept:
+            self._kept[key] = self.shards.read(key, dtype=None)
+        return self._kept[key][start : start + self.length]
 
 
 def equaliser_waves(n_bins, count=6):
@@ -177,25 +175,14 @@ def _colour(excerpts, which, gains):
     excerpts[which] = some.div_(some.norm(dim=-1, keepdim=True).clamp_min(1e-8))
 
 
-class _Chunks:
-    """The stretches of tracks that were used last, in one block of memory: arrays that come and go leave holes too small for a batch."""
+def _work_alone():
+    """Have PyTorch use no other threads from this one.
 
-    def __init__(self, shards, dtype):
-        n_chunks = max(16, _CACHE_BYTES // (_CHUNK * shards.cqt.n_bins * dtype.itemsize))
-        self.shards, self.memory = shards, np.empty((n_chunks, _CHUNK, shards.cqt.n_bins), dtype)
-        self.held = OrderedDict()  # (key, number): (place in the memory, number of frames); what was used last comes last
-
-    def __call__(self, key, number):
-        """Frames number * _CHUNK and on of a track: (up to _CHUNK, n_bins)."""
-        if (key, number) in self.held:
-            self.held.move_to_end((key, number))
-        else:
-            frames = self.shards.read(key, number * _CHUNK, (number + 1) * _CHUNK, self.memory.dtype)
-            place = self.held.popitem(last=False)[1][0] if len(self.held) == len(self.memory) else len(self.held)
-            self.memory[place, : len(frames)] = frames
-            self.held[key, number] = place, len(frames)
-        place, length = self.held[key, number]
-        return self.memory[place, :length]
+    OpenMP would start as many more as training has; where all together are more than the cores, it lets those of training sleep between
+    any two operations, and to wake them takes long.
+    """
+    torch.get_num_threads()  # first, as the first call of a thread sets what is limited here
+    threadpool_limits(1, user_api="openmp")
 
 
 def n_frames_before(reach, train):

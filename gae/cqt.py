@@ -39,7 +39,8 @@ def frames(samples, cqt):
     Returns
     -------
     ndarray of float32, shape (1 + n_samples // cqt.hop_length, cqt.n_bins)
-        Frame t is centred at t * hop_length / sample_rate s and has zero mean and unit L2 norm; a silent one is zero.
+        Frame t is centred at t * hop_length / sample_rate s and has zero mean and unit L2 norm; a silent one is zero. No samples
+        give no frames.
 
     Raises
     ------

@@ -1,4 +1,9 @@
-"""Pictures of frames, networks, features and figures, each drawn from arrays."""
+"""Pictures of frames, networks, features and figures, each drawn from arrays.
+
+What their parameters mean: `path` is the PNG file to write, `plot` the `gae.params.Plot` that sets resolution and extent, `cqt` the
+`gae.params.Cqt` of the frames, `network` a `gae.model.GatedAutoencoder`, `begin` the time of the first frame in s; `title` names the
+piece, and `suffix` is added to titles. A function's own are with it.
+"""
 
 import warnings
 from contextlib import contextmanager

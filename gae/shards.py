@@ -83,10 +83,11 @@ class Shards:
         self.lines = [[self._track(key) for key in line] for line in self._index()]
 
     def read(self, key, start=0, stop=None, dtype=np.float32):
-        """Frames `start` to `stop` of a track: ndarray of `dtype`, shape (stop - start, n_bins)."""
+        """Frames `start` to `stop` of a track: ndarray, shape (stop - start, n_bins), of `dtype`, or as they are stored if it is None."""
         track = self.tracks[key]
         try:
-            return self._opened.frames(track.file, key)[start:stop].astype(dtype, copy=False)
+            frames = self._opened.frames(track.file, key)[start:stop]
+            return frames if dtype is None else frames.astype(dtype, copy=False)
         except (OSError, KeyError) as error:
             raise FormatError(f"{track.file}: damaged ({reason(error)}); {_REMEDY}") from None
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from gae import batches as module
 from gae.batches import Excerpts, long_enough, transpose
@@ -254,7 +255,7 @@ def test_the_common_shift_does_not_depend_on_the_first_excerpt(shards):
 @pytest.mark.parametrize("dropout", [0.25, 0.5])
 def test_dropout_zeroes_its_share_of_x_and_scales_the_rest(shards, dropout):
     made = excerpts(shards, dropout=dropout)
-    made._chunk = lambda key, number: np.ones((module._CHUNK, BINS), np.float32)
+    made._read = lambda key, start: np.ones((made.length, BINS), np.float32)
     batch = made.batch(0)
     for x, y in zip(batch.x, batch.y, strict=True):
         for excerpt, frames in zip(x, y, strict=True):
@@ -268,7 +269,7 @@ def test_dropout_zeroes_its_share_of_x_and_scales_the_rest(shards, dropout):
 
 def test_the_sides_of_invariance_are_dropped_apart(shards):
     made = excerpts(shards, dropout=0.5, shift=0)
-    made._chunk = lambda key, number: np.ones((module._CHUNK, BINS), np.float32)
+    made._read = lambda key, start: np.ones((made.length, BINS), np.float32)
     batch = made.batch(0)
     assert np.mean((batch.x[0] == 0) == (batch.x[1] == 0)) == pytest.approx(0.5, abs=0.05)
 
@@ -276,8 +277,8 @@ def test_the_sides_of_invariance_are_dropped_apart(shards):
 def test_the_original_transposes_what_was_dropped(shards):
     """One mask for both contexts, moved along with the frames; y has none."""
     made = excerpts(shards, objective="reconstruction", dropout=0.5, shift=9)
-    whole = tiny.frames(module._CHUNK)
-    made._chunk = lambda key, number: whole
+    whole = tiny.frames(made.length)
+    made._read = lambda key, start: whole
     for step in range(6):
         batch = made.batch(step)
         for x1, y1, x2, y2 in zip(batch.x[0], batch.y[0], batch.x[1], batch.y[1], strict=True):
@@ -292,13 +293,7 @@ def test_frames_are_kept_as_they_are_stored(tmp_path, dropout):
     with Shards(tmp_path / "shards") as half:
         made = excerpts(half, dropout=dropout)
         assert {array.dtype for array in made.batch(0)[:2]} == {np.dtype(np.float32)}
-        assert made._chunk(half.lines[0][0].key, 0).dtype == np.float16
-
-
-def test_frames_across_chunks_are_whole(shards, monkeypatch):
-    whole = excerpts(shards).batch(4)
-    monkeypatch.setattr(module, "_CHUNK", 7)
-    assert equal(excerpts(shards).batch(4), whole)
+        assert made._read(half.lines[0][0].key, 0).dtype == np.float16
 
 
 def test_batches_take_turns_in_the_same_memory(shards):
@@ -310,16 +305,27 @@ def test_batches_take_turns_in_the_same_memory(shards):
     assert np.shares_memory(seen[0], seen[2]) and np.shares_memory(seen[1], seen[3]) and not np.shares_memory(seen[3], seen[4])
 
 
-def test_memory_is_bounded(shards, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 16)
-    monkeypatch.setattr(module, "_CACHE_BYTES", 20 * 16 * BINS * 4)
-    made = excerpts(shards)
-    for step in range(40):
-        made.batch(step)
-    assert len(made._chunk.memory) == len(made._chunk.held) == 20
-    assert sorted(place for place, _ in made._chunk.held.values()) == list(range(20))
-    monkeypatch.setattr(module, "_CACHE_BYTES", 1 << 20)
-    assert equal(made.batch(39), excerpts(shards).batch(39))
+def test_a_large_corpus_is_not_kept_in_memory(shards, monkeypatch):
+    small = excerpts(shards)
+    total = sum(track.n_frames for track in shards.tracks.values()) * BINS * 4
+    monkeypatch.setattr(module, "_KEPT_BYTES", total - 1)
+    large = excerpts(shards)
+    assert all(equal(small.batch(step), large.batch(step)) for step in range(20))
+    assert large._kept is None and sum(frames.nbytes for frames in small._kept.values()) <= total
+
+
+def test_batches_are_made_by_one_thread_that_leaves_trainings_threads_alone(shards, monkeypatch):
+    """Helpers of its own, together with training's, would be more than there are cores, and all sleep between any two operations."""
+    seen = []
+    batch = Excerpts.batch
+    monkeypatch.setattr(Excerpts, "batch", lambda *given: seen.append(torch.get_num_threads()) or batch(*given))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert len(list(excerpts(shards).batches(0, 3))) == 3
+        assert (seen, torch.get_num_threads()) == ([1, 1, 1], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_tracks_shorter_than_an_excerpt_are_left_out(shards):
