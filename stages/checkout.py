@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read once, when PyTorch is imported
+if "OMP_WAIT_POLICY" not in os.environ:  # read once, when PyTorch is imported, and overruled by the other
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
