@@ -151,3 +151,15 @@ def test_ctrl_c_twice_ends_everything_in_one_line(tmp_path, apart):
             os.killpg(busy.pid, signal.SIGKILL)
     assert busy.returncode == 1
     assert said.splitlines()[-1] == "busy.py: interrupted; run it again to go on" and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+)
+def test_threads_of_stages_wait_for_each_other_a_little_while_unless_told_otherwise(given, found):
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", "import checkout, os; print(os.environ.get('GOMP_SPINCOUNT'))"]
+    stages = Path(__file__).parents[1] / "stages"
+    printed = subprocess.run(command, cwd=stages, env=environment | given, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == found
