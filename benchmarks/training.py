@@ -152,7 +152,7 @@ def trained(shards, changes, steps=2000):
         places |= {"metrics": str(metrics), "shards": str(shards)}
         options = [word for name, place in places.items() for word in (f"--{name}", place)]
         options += [word for change in (f"train.steps={steps}", *changes) for word in ("-S", change)]
-        subprocess.run([sys.executable, "stages/train.py", *options], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "stages/train.py", *options], check=True)
         return json.loads(metrics.read_text())["frames_per_second"]
 
 
