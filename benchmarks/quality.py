@@ -23,21 +23,26 @@ import gae
 from gae.original import from_arrays
 
 
-def train(steps, shards, folder):
-    """Train from nothing by the defaults: (seconds, most memory in bytes, model)."""
-    weights = Path(folder) / f"{steps}.safetensors"
-    places = {"model": weights, "metrics": f"{folder}/metrics.json"}
-    places |= {name: f"{folder}/{name}-{steps}" for name in ("curves", "drawings", "checkpoints")}
+def command(folder, shards, changes):
+    """What trains from nothing, with changes (KEY=VALUE) of params.yaml, and leaves model.safetensors and metrics.json in a folder."""
+    places = {"shards": shards, "model": f"{folder}/model.safetensors", "metrics": f"{folder}/metrics.json"}
+    places |= {name: f"{folder}/{name}" for name in ("curves", "drawings", "checkpoints")}
     options = [str(word) for name, place in places.items() for word in (f"--{name}", place)]
+    return [sys.executable, "stages/train.py", *options, *(word for change in changes for word in ("-S", change))]
+
+
+def train(steps, shards, folder):
+    """Train from nothing by the defaults, in a new folder: (seconds, most memory in bytes, model)."""
+    folder.mkdir()
     began, memory = time.perf_counter(), 0
-    running = psutil.Popen([sys.executable, "stages/train.py", "--shards", shards, "-S", f"train.steps={steps}", *options])
+    running = psutil.Popen(command(folder, shards, [f"train.steps={steps}"]))
     while running.poll() is None:
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             memory = max(memory, running.memory_info().rss)
         time.sleep(0.1)
     if running.returncode:
         sys.exit(running.returncode)
-    return time.perf_counter() - began, memory, gae.load_model(weights)
+    return time.perf_counter() - began, memory, gae.load_model(folder / "model.safetensors")
 
 
 def judge(model, corpus):
@@ -54,7 +59,7 @@ if __name__ == "__main__":
     parser.add_argument("--shards", default="data/shards/train")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        trained = {steps: train(steps, given.shards, folder) for steps in given.steps}
+        trained = {steps: train(steps, given.shards, Path(folder, str(steps))) for steps in given.steps}
     if (SHARED / "cgae_pretrained.npz").exists():
         print(f"published weights         {judge(from_arrays(**np.load(SHARED / 'cgae_pretrained.npz')), given.corpus)}", flush=True)
     for steps, (seconds, memory, model) in trained.items():

@@ -15,7 +15,6 @@ Both are run in turn, step by step, so that both see the same noise of the machi
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from quality import command
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -147,13 +147,8 @@ def measure(steps, count):
 def trained(shards, changes, steps=2000):
     """Frames a second of a training by stages/train.py, one drawing of the network and the first steps, which are slow, among them."""
     with tempfile.TemporaryDirectory() as folder:
-        metrics = Path(folder, "metrics.json")
-        places = {name: f"{folder}/{name}" for name in ("model", "curves", "drawings", "checkpoints")}
-        places |= {"metrics": str(metrics), "shards": str(shards)}
-        options = [word for name, place in places.items() for word in (f"--{name}", place)]
-        options += [word for change in (f"train.steps={steps}", *changes) for word in ("-S", change)]
-        subprocess.run([sys.executable, "stages/train.py", *options], check=True)
-        return json.loads(metrics.read_text())["frames_per_second"]
+        subprocess.run(command(folder, shards, [f"train.steps={steps}", *changes]), check=True)
+        return json.loads(Path(folder, "metrics.json").read_text())["frames_per_second"]
 
 
 def unit_frames(values):
