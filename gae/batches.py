@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from gae.cqt import transpose
 from gae.errors import TrainingError
 
-_KEPT_BYTES = 256 << 20  # of frames: a corpus of no more stays in memory once read; of a larger one too little would to be worth it
+_KEPT_BYTES = 256 << 20  # of frames: a corpus of no more stays in memory once read; a part of a larger one would seldom be drawn again
 
 
 class Batch(NamedTuple):
@@ -38,6 +38,17 @@ class Batch(NamedTuple):
     y: np.ndarray
     contexts: np.ndarray
     one_view: np.ndarray
+
+
+class _Draws(NamedTuple):
+    """What is drawn for excerpts: arrays (n_excerpts,), and (2, n_excerpts) of what its sides differ in."""
+
+    lines: np.ndarray
+    starts: np.ndarray
+    views: np.ndarray
+    shifts: np.ndarray
+    tempi: np.ndarray
+    bends: np.ndarray  # (2, n_excerpts, n_waves), weights of `equaliser_waves`
 
 
 class Excerpts:
@@ -68,7 +79,9 @@ class Excerpts:
         if train.batch % world:
             raise TrainingError(f"train.batch ({train.batch}) must be a multiple of the number of processes ({world})")
         self.own = range(rank, train.batch, world)
-        self._until = np.cumsum([_common_length(line) for line in self.lines])
+        lengths = np.array([_common_length(line) for line in lines])
+        self._until, self._n_starts = lengths.cumsum(), lengths - self.length + 1
+        self._n_views = np.array([len(line) for line in lines])
         self._shape = 2, len(self.own), self.length, shards.cqt.n_bins
         total = sum(track.n_frames * np.dtype(track.dtype).itemsize for track in shards.tracks.values()) * shards.cqt.n_bins
         self._kept = {} if total <= _KEPT_BYTES else None
@@ -90,27 +103,38 @@ class Excerpts:
 
     def batch(self, step, room=None):
         """The `Batch` of a step, this process's share; in `room`, float32 (2, n_excerpts, n_before + block, n_bins), if it is given."""
-        # numbers from train.batch on are no excerpt's: what is drawn for all must not depend on one
-        common = np.random.default_rng([self.train.seed, step, self.train.batch])
-        shift = int(common.integers(-self.train.shift, self.train.shift + 1))
+        drawn = self._draw(step)
         sides = np.empty(self._shape, np.float32) if room is None else room
-        one_view, tempi = np.empty(len(self.own), bool), np.ones((2, len(self.own)))
-        bends = np.zeros((2, len(self.own), len(self._waves)), np.float32)
-        masks = np.zeros(self._shape, np.float32) if self.train.dropout else None
-        for place, n in enumerate(self.own):
-            rng = np.random.default_rng([self.train.seed, step, n])
-            shifts, one_view[place] = self._draw(rng, shift, sides[:, place])
-            if self.train.dropout:
-                self._mask(rng, shifts, masks[:, place])
-            if not one_view[place]:
-                tempi[int(rng.integers(2)), place] = (1 + self.train.stretch) ** rng.uniform(-1, 1)
-                if self.train.equaliser:
-                    bends[:, place] = self.train.equaliser * rng.standard_normal((2, len(self._waves)))
+        for place, (line, start, views, shifts) in enumerate(zip(drawn.lines, drawn.starts, drawn.views.T, drawn.shifts.T, strict=True)):
+            self._put(line, start, views.tolist(), shifts.tolist(), sides[:, place])
+        one_view = drawn.views[0] == drawn.views[1]
         if self.train.equaliser:
-            for side, bend in zip(sides, bends, strict=True):
-                _colour(side, ~one_view, np.exp(bend @ self._waves))
+            for side, bends in zip(sides, drawn.bends, strict=True):
+                _colour(side, ~one_view, np.exp(bends @ self._waves))
         y = sides[:, :, self.n_before :: self.train.stride]
-        return Batch(sides * masks if self.train.dropout else sides, y, self._contexts(tempi), one_view)
+        x = sides * self._masks(step, drawn.shifts) if self.train.dropout else sides
+        return Batch(x, y, self._contexts(drawn.tempi), one_view)
+
+    def _draw(self, step):
+        """The `_Draws` of a step, drawn for the excerpts of all processes: this one's."""
+        train, n = self.train, self.train.batch
+        # numbers from n on are no excerpt's: what is drawn for all must not be what a mask is drawn from
+        rng = np.random.default_rng([train.seed, step, n])
+        lines = np.searchsorted(self._until, rng.integers(self._until[-1], size=n), side="right")
+        starts, n_views = rng.integers(self._n_starts[lines]), self._n_views[lines]
+        view = rng.integers(n_views)
+        tempi, bends = np.ones((2, n)), np.zeros((2, n, len(self._waves)), np.float32)
+        if train.objective == "reconstruction":
+            shifts = np.stack([np.zeros(n, int), np.full(n, rng.integers(-train.shift, train.shift + 1))])
+            views = np.stack([view, view])
+        else:
+            shifts = rng.integers(-train.shift, train.shift + 1, size=(2, n))
+            other = (n_views > 1) & (rng.random(n) < train.view_share)
+            views = np.stack([view, (view + other * rng.integers(1, np.maximum(n_views, 2))) % n_views])
+            tempi[rng.integers(2, size=n), np.arange(n)] = np.where(other, (1 + train.stretch) ** rng.uniform(-1, 1, n), 1)
+            bends += train.equaliser * rng.standard_normal(bends.shape)
+        own = self.own
+        return _Draws(lines[own], starts[own], views[:, own], shifts[:, own], tempi[:, own], bends[:, own])
 
     def _contexts(self, tempi):
         """`Batch.contexts`, read at the tempi (2, n_excerpts), ratios."""
@@ -118,30 +142,23 @@ class Excerpts:
         places = self.n_before + np.arange(0, self.train.block, self.train.stride)[:, None] - back[:, :, None]
         return places + self.length * np.arange(tempi.size).reshape(*tempi.shape, 1, 1)
 
-    def _draw(self, rng, common_shift, sides):
-        """Put an excerpt's two sides into `sides` (2, length, n_bins); the shifts of both, and whether of one view."""
-        train = self.train
-        line = self.lines[int(np.searchsorted(self._until, rng.integers(self._until[-1]), side="right"))]
-        start = int(rng.integers(_common_length(line) - self.length + 1))
-        views = [int(rng.integers(len(line)))] * 2
-        if train.objective == "reconstruction":
-            shifts = [0, common_shift]
-        else:
-            shifts = rng.integers(-train.shift, train.shift + 1, size=2).tolist()
-            if len(line) > 1 and rng.random() < train.view_share:
-                views[1] = (views[0] + int(rng.integers(1, len(line)))) % len(line)
-        stored = {view: self._read(line[view].key, start) for view in set(views)}
+    def _put(self, line, start, views, shifts, sides):
+        """Put the frames of an excerpt's two sides into `sides` (2, length, n_bins)."""
+        stored = {view: self._read(self.lines[line][view].key, start) for view in set(views)}
         for side, view, shift in zip(sides, views, shifts, strict=True):
             torch.from_numpy(side).copy_(torch.from_numpy(transpose(stored[view], shift)))  # NumPy takes several times as long
-        return shifts, views[0] == views[1]
 
-    def _mask(self, rng, shifts, masks):
-        """Put inverted dropout into `masks` (2, length, n_bins): zeros, and 1 / (1 - dropout) elsewhere."""
-        for number, mask in enumerate(masks):
-            if number and self.train.objective == "reconstruction":
-                transpose(masks[0], shifts[1], out=mask)  # the original transposes what was dropped along with the rest
-            else:
-                mask[:] = (rng.random(mask.shape, dtype=np.float32) >= self.train.dropout) / (1 - self.train.dropout)
+    def _masks(self, step, shifts):
+        """Inverted dropout of a step, of the shape of both sides: zeros, and 1 / (1 - dropout) elsewhere."""
+        dropout, masks = self.train.dropout, np.zeros(self._shape, np.float32)
+        for place, n in enumerate(self.own):
+            rng = np.random.default_rng([self.train.seed, step, n])  # of its own, lest each process draw the masks of all
+            for number, mask in enumerate(masks[:, place]):
+                if number and self.train.objective == "reconstruction":
+                    transpose(masks[0, place], shifts[1, place], out=mask)  # the original transposes what was dropped along with the rest
+                else:
+                    mask[:] = (rng.random(mask.shape, dtype=np.float32) >= dropout) / (1 - dropout)
+        return masks
 
     def _read(self, key, start):
         """The frames of an excerpt (length, n_bins), as they are stored."""

@@ -245,7 +245,7 @@ def test_processes_together_see_what_one_sees(shards, objective, world):
 def test_the_common_shift_does_not_depend_on_the_first_excerpt(shards):
     """Else the transposition of a batch would tell which line its first excerpt is from."""
     made = excerpts(shards, objective="reconstruction", shift=2)
-    draws = [(made.batch(step).y[0, 0], made.batch(step).y[1, 0]) for step in range(300)]
+    draws = [(made.batch(step).y[0, 0], made.batch(step).y[1, 0]) for step in range(400)]
     origins = [(origin(y1)[0], origin(y2)[3]) for y1, y2 in draws]
     for line in (1, 3):
         shifts = [shift for drawn_line, shift in origins if drawn_line == line]

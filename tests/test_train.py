@@ -27,7 +27,7 @@ from gae.shards import Shards
 from gae.train import Run, Validation, contrast_weight, schedule, split, train
 
 ROOT = Path(__file__).parents[1]
-N_LINES, STEPS = 10, 85
+N_LINES, STEPS, VALIDATION_FRAMES = 10, 85, module._VALIDATION_FRAMES
 
 
 def recipe(**changes):
@@ -1024,7 +1024,8 @@ def test_a_killed_stage_goes_on(shards, tmp_path, processes):
     ("launcher", "objective", "optimiser", "tolerance"),
     [("fabric", "reconstruction", "adam", 2e-6), ("torchrun", "invariance", "muon", 1e-5)],  # Muon's steps are ten times as long
 )
-def test_two_processes_get_the_weights_of_one(shards, tmp_path, quiet, launcher, objective, optimiser, tolerance):
+def test_two_processes_get_the_weights_of_one(shards, tmp_path, quiet, monkeypatch, launcher, objective, optimiser, tolerance):
+    monkeypatch.setattr(module, "_VALIDATION_FRAMES", VALIDATION_FRAMES)  # as in processes that are started
     changes = {"optimiser": optimiser, "objective": objective, "sparsity": 1e-3, "weight_decay": 1e-4, "steps": 40, "averaging": 0.0}
     learn(recipe(**changes), shards, tmp_path / "one")
     settings = few_drawings(recipe(**changes, devices=2))
