@@ -345,9 +345,16 @@ def _beats_found(kind, lags, score, performance, beats, cqt, settings):
     n = max(1, round(settings.alignment_hop / cqt.frame_seconds))
     hop, first = n * cqt.frame_seconds, (n - 1) / 2 * cqt.frame_seconds  # spacing of the pooled frames and centre of the first
     score, performance = (_pooled(take[kind.rows], lags, n) for take in (score, performance))
-    alignment = min((align(version, performance) for version in _versions(kind, score)), key=lambda found: found.cost)
+    alignment = align(_likeliest(_versions(kind, score), performance), performance)
     estimated = alignment.times(beats["score"], hop, first)
     return beats_within(estimated, beats["performance"], TOLERANCES.values())
+
+
+def _likeliest(versions, performance):
+    """The version of a score that aligns at the least cost, of several: told by means of four frames, in a sixteenth of the time."""
+    if len(versions) == 1:
+        return versions[0]
+    return min(versions, key=lambda version: align(pool(version, 4), pool(performance, 4)).cost)
 
 
 def _invariance(reports, settings):

@@ -14,7 +14,7 @@ from gae.cqt import transpose
 from gae.errors import FormatError, ParamsError
 from gae.evaluate import KINDS, chroma, comparison, copy_error, delayed, evaluate, heldout_pieces, judge, reconstruction_error, table
 from gae.files import read_json
-from gae.measures import Alignment
+from gae.measures import Alignment, align
 from gae.modelfile import load_model, save_model
 from gae.params import Convert, Evaluate, Params, Train
 
@@ -228,6 +228,19 @@ def test_the_best_of_twelve_rotates_every_frame_of_a_context():
     assert versions.shape == (12, 5, 24)
     for shift, version in enumerate(versions):
         assert np.array_equal(version, np.hstack([np.roll(part, shift, axis=1) for part in np.hsplit(folded, 2)]))
+
+
+def test_the_best_of_twelve_is_told_by_short_alignments(monkeypatch):
+    rng = np.random.default_rng(0)
+    score = rng.random((90, 12), dtype=np.float32) ** 4
+    performance = np.roll(np.repeat(score, rng.integers(1, 4, 90), axis=0), 5, axis=1)
+    performance += 0.2 * rng.random(performance.shape, dtype=np.float32)
+    versions, aligned = judging._versions(KINDS["chroma_best_shift"], score), []
+    monkeypatch.setattr(judging, "align", lambda *sides: aligned.append(len(sides[0])) or align(*sides))
+    chosen = judging._likeliest(versions, performance)
+    assert np.array_equal(chosen, np.roll(score, 5, axis=1)) and aligned == 12 * [23]
+    assert align(chosen, performance).cost == min(align(version, performance).cost for version in versions)
+    assert judging._likeliest(versions[:1], performance) is not None and len(aligned) == 12
 
 
 def test_reconstruction_sees_the_transposed_context():
