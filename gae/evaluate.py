@@ -354,7 +354,8 @@ def _likeliest(versions, performance):
     """The version of a score that aligns at the least cost, of several: told by means of four frames, in a sixteenth of the time."""
     if len(versions) == 1:
         return versions[0]
-    return min(versions, key=lambda version: align(pool(version, 4), pool(performance, 4)).cost)
+    short = pool(performance, 4)
+    return min(versions, key=lambda version: align(pool(version, 4), short).cost)
 
 
 def _invariance(reports, settings):
