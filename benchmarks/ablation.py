@@ -1,25 +1,31 @@
 """What each choice of the recipe is worth: one DVC experiment for each choice taken back or varied.
 
-    python benchmarks/ablation.py [--steps 1600] [--seeds 1 2 3] [--only NAME ...] [--base KEY=VALUE ...] [--out docs/ablation.json]
+    python benchmarks/ablation.py [--recipe pretrained] [--steps 1600] [--seeds 1 2 3] [--only NAME ...] [--out docs/ablation.json]
+                                  [--weights FOLDER]
 
-`--base` changes the default from which each row differs. Run it from the root of a clean checkout; every experiment stays in
-`dvc exp show`. All train on the same number of frames, that of `--steps` steps of the default. What is in `--out` is not run again, and is
-printed at once; the table is printed anew after each experiment, so an interrupted run has shown all it measured. Several may write to one:
-on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after the other.
+The recipe from which each row differs is the default, or that of the shipped weights. Run it from the root of a clean checkout; every
+experiment stays in `dvc exp show`. All train on the same number of frames, that of `--steps` steps of the default. What is in `--out` is
+not run again, and is printed at once; the table is printed anew after each experiment, so an interrupted run has shown all it measured.
+Several may write to one: on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after
+the other.
+
+With `--weights` experiments end with their training, and FOLDER gets the weights of each, for benchmarks/published.py to judge on music
+that none has heard; what is there already is not trained again.
 """
 
 import argparse
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from filelock import FileLock
+from results import markdown, measured, record
 
-from gae.files import read_json, write_json
+from gae.files import read_json, replacing
 from gae.params import load
 
-VARIATIONS = {
+DEFAULT = {  # on the built-in hour
     "default": [],
     "reconstruction-objective": ["train.objective=reconstruction"],
     "reconstruction-last": ["train.objective=reconstruction", "train.validation=0"],  # invariance would select early weights
@@ -62,17 +68,53 @@ VARIATIONS = {
     "transposed-0": ["model.transposed=0"],
     "hop-896": ["cqt.hop_length=896"],
 }
+SHIPPED = [  # models/pretrained.md
+    "data.train_list=data/pretrained.txt",
+    "corpus.hours=8",
+    "model.n_hidden=512",
+    "train.view_share=0.8",
+    "train.temperature=0.1",
+    "train.contrast=0.22",
+    "train.contrast_kept=0.03",
+    "train.stretch=0.15",
+    "train.validation=0",
+]
+PRETRAINED = {  # those that compute other frames come last
+    "pretrained": [],
+    "reconstruction-objective": ["train.objective=reconstruction"],
+    "contrast-0.4-to-0.012": ["train.contrast=0.4"],
+    "contrast-0.06": ["train.contrast=0.06", "train.contrast_kept=1"],  # the mean of the falling one
+    "temperature-0.05": ["train.temperature=0.05", "train.contrast=0.18"],
+    "stretch-0": ["train.stretch=0"],
+    "stretch-0.25": ["train.stretch=0.25"],
+    "no-views": ["train.view_share=0"],
+    "equaliser-0.3": ["train.equaliser=0.3"],
+    "hidden-128": ["model.n_hidden=128"],
+    "maps-128": ["model.n_maps=128"],
+    "context-9-of-9": DEFAULT["context-9-of-9"],
+    "context-21-of-21": DEFAULT["context-21-of-21"],
+    "adam": ["train.optimiser=adam"],
+    "no-recordings": ["data.train_list=data/train.txt"],
+    "no-shifted-views": ["data.shifted_views=0"],
+    "hop-896": ["cqt.hop_length=896", "model.growth=0.05"],  # the same span in seconds
+}
+RECIPES = {"default": ([], DEFAULT), "pretrained": (SHIPPED, PRETRAINED)}
 
 
-def run(name, base, seed, steps):
-    """Run one experiment up to its evaluation and return its figures."""
+def run(recipe, name, seed, steps, target):
+    """Run one experiment up to the stage `target`."""
     # an experiment leaves its parameters in the workspace, where the next would inherit them
     subprocess.run(["git", "restore", "params.yaml"], check=True)
-    changes = [*base, *VARIATIONS[name]]
+    base, variations = RECIPES[recipe]
+    changes = [*base, *variations[name]]
     settings = [f"train.steps={same_frames(steps, changes)}", f"train.seed={seed}", *changes]
     options = [word for setting in settings for word in ("-S", setting)]
-    experiment = "-".join([name, f"{steps}-steps", f"seed-{seed}", *base])
-    subprocess.run(["dvc", "exp", "run", "-n", experiment, *options, "evaluate"], check=True, stdout=sys.stderr)
+    experiment = "-".join([recipe, name, f"{steps}-steps", f"seed-{seed}"])
+    subprocess.run(["dvc", "exp", "run", "-n", experiment, *options, target], check=True, stdout=sys.stderr)
+
+
+def figures():
+    """The figures of the evaluation that ended last."""
     metrics, full = read_json("metrics.json"), read_json("evaluation.json")
     return {
         "top1": metrics["gae"]["top1"],
@@ -90,45 +132,47 @@ def same_frames(steps, changes):
     return round(steps * frames[0] / frames[1])
 
 
-def measured(out):
-    """What a file of results holds, by experiment and seed."""
-    return read_json(out) if out.exists() else {}
-
-
-def record(out, name, seed, figures):
-    """Add the figures of an experiment to a file of results that others may write to; all that it then holds."""
-    with FileLock(f"{out}.lock"):
-        results = measured(out)
-        results.setdefault(name, {})[str(seed)] = figures
-        write_json(out, results)
-    return results
-
-
 def table(results):
     """The results as a Markdown table: means over the seeds."""
     titles = ["experiment", "seeds", "top-1, 1 frame", "8 frames", "beats within 50 ms", "100 ms", "reconstruction error"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
-    for name in filter(results.get, VARIATIONS):
+    lines = []
+    for name in filter(results.get, [*DEFAULT, *PRETRAINED]):
         rows = list(results[name].values())
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        means = {key: f"{sum(row[key] for row in rows) / len(rows):.1f}" for key in rows[0]}
         spread = f" ({min(row['top1'] for row in rows):.1f} to {max(row['top1'] for row in rows):.1f})" if len(rows) > 1 else ""
-        lines.append(
-            f"| {name} | {len(rows)} | {means['top1']:.1f}{spread} | {means['top1_stacked']:.1f} "
-            f"| {means['beats_50ms']:.1f} | {means['beats_100ms']:.1f} | {means['reconstruction_error']:.1f} |"
-        )
-    return "\n".join(lines)
+        columns = ("top1_stacked", "beats_50ms", "beats_100ms", "reconstruction_error")
+        lines.append([name, str(len(rows)), means["top1"] + spread, *(means[column] for column in columns)])
+    return markdown(titles, lines)
+
+
+def keep(weights, out):
+    """Copy a model file into place, whole or not at all."""
+    with replacing(out) as file:
+        shutil.copyfile(weights, file)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="default", choices=RECIPES)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", default=list(VARIATIONS), choices=VARIATIONS)
-    parser.add_argument("--base", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
+    parser.add_argument("--weights", type=Path, metavar="FOLDER")
     given = parser.parse_args()
-    print(table(measured(given.out)), flush=True)
+    variations = RECIPES[given.recipe][1]
+    unknown = set(given.only or []) - set(variations)
+    if unknown:
+        parser.error(f"--only: the recipe {given.recipe} has {', '.join(variations)}; got {', '.join(sorted(unknown))}")
+    if not given.weights:
+        print(table(measured(given.out)), flush=True)
     for seed in given.seeds:
-        for name in given.only:
-            if str(seed) not in measured(given.out).get(name, {}):
-                print(table(record(given.out, name, seed, run(name, given.base, seed, given.steps))), flush=True)
+        for name in given.only or variations:
+            if given.weights:
+                file = given.weights / f"{name if seed == 1 else f'{name}-seed-{seed}'}.safetensors"
+                if not file.exists():
+                    run(given.recipe, name, seed, given.steps, "train")
+                    keep("models/gae.safetensors", file)
+            elif str(seed) not in measured(given.out).get(name, {}):
+                run(given.recipe, name, seed, given.steps, "evaluate")
+                print(table(record(given.out, name, seed, figures())), flush=True)

@@ -1,7 +1,7 @@
 """The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
 
     python benchmarks/published.py [--weights FILE_OR_NAME ...] [--transposed BINS ...] [--soundfont FILE.sf2] [--jkupdd FOLDER]
-                                   [--performances FOLDER] [--cents CENTS] [--corpus data/corpus]
+                                   [--performances FOLDER] [--cents CENTS] [--corpus data/corpus] [--out FILE.json]
 
 piano       the JKU Patterns Development Database (T. Collins, 2013: its .mid and -poly.csv files in one folder, by default
             ../shared/data/jkupdd) played with a SoundFont of your choice (Debian's fluid-soundfont-gm has one), human-like in
@@ -17,7 +17,9 @@ wesnoth, hyperrogue, warzone2100, singularity
 corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not, and the error with
             which transposed frames are rebuilt
 
-Figures stand with their standard errors, by bootstrap over the pieces. Sets whose material or tools are missing are left out. The
+Figures stand with their standard errors, by bootstrap over the pieces; a table without them comes last. What `--out` names gets all
+figures, is not measured again where it has them, and may be written to by several at once. Sets whose material or tools are missing are
+left out. The
 published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae import-weights
 model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They are also shown with our
 frames, which are compressed. `--transposed` shows all of ours once more with features over other transpositions than they say
@@ -39,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import pretty_midi
 import soundfile
+from results import markdown, measured, record
 from tqdm import tqdm
 
 import gae
@@ -214,7 +217,7 @@ def shifted_back_in_context(model, path, k):
 
 
 def invariance(pairs, represent):
-    """Top-1 for one frame and for eight stacked, over all pairs together, as text; `represent` takes a path and its semitones."""
+    """Top-1 for one frame and for eight stacked, over all pairs together; `represent` takes a path and its semitones."""
     queries, candidates = {1: [], STACK: []}, {1: [], STACK: []}
     for number, (_, original, transposed, k) in enumerate(tqdm(pairs, leave=False)):
         one, other = represent(original, 0), represent(transposed, k)
@@ -223,11 +226,11 @@ def invariance(pairs, represent):
             queries[n].append(stack(one, starts, n))
             candidates[n].append(stack(other, starts, n))
     found = [invariance_top1(np.concatenate(queries[n]), np.concatenate(candidates[n])).reshape(len(pairs), -1).mean(1) for n in queries]
-    return shown([piece for piece, *_ in pairs], np.transpose(found))
+    return figures([piece for piece, *_ in pairs], np.transpose(found))
 
 
 def alignment(tasks, represent, seconds, take):
-    """Beats within each tolerance when the rendering `take`, original or transposed, is aligned with the performance, as text.
+    """Beats within each tolerance when the rendering `take`, original or transposed, is aligned with the performance.
 
     Frames are `seconds` apart.
     """
@@ -236,22 +239,94 @@ def alignment(tasks, represent, seconds, take):
         score, performance = represent(task[take], task["k"] if take == "transposed" else 0), represent(task["performance"], 0)
         times = align(pool(score, n), pool(performance, n)).times(task["beats"]["score"], n * seconds, (n - 1) / 2 * seconds)
         shares.append(beats_within(times, task["beats"]["performance"], TOLERANCES.values()))
-    return shown([task["piece"] for task in tasks], shares)
+    return figures([task["piece"] for task in tasks], shares)
 
 
-def shown(pieces, shares):
-    """Means of shares (n_tracks, n) in percent, with standard errors over the pieces: takes of one piece fail together."""
+def figures(pieces, shares):
+    """Means of shares (n_tracks, n) in percent, and standard errors over the pieces: takes of one piece fail together."""
     shares = 100 * np.asarray(shares)
     groups = [shares[[other == piece for other in pieces]].mean(0) for piece in dict.fromkeys(pieces)]
-    errors = bootstrap(groups, 1000, seed=1)
-    return " / ".join(f"{mean:.1f} ± {error:.1f}" for mean, error in zip(shares.mean(0), errors, strict=True)) + " %"
+    return {"mean": shares.mean(0).tolist(), "se": np.asarray(bootstrap(groups, 1000, seed=1)).tolist()}
+
+
+def shown(measure):
+    """Figures with their standard errors as text."""
+    return " / ".join(f"{mean} ± {error}" for mean, error in zip(*map(rounded, (measure["mean"], measure["se"])), strict=True)) + " %"
+
+
+def rounded(values):
+    """Figures of a column: errors, of which there is one, are small."""
+    return [f"{value:.{2 if len(values) == 1 else 1}f}" for value in values]
 
 
 def rebuilding(pairs, model, shift=12):
-    """Errors in percent of the power: of frames rebuilt, moved by up to `shift` bins, and of the frame before in the place of each."""
+    """The error in percent of the power with which frames are rebuilt, moved by up to `shift` bins."""
+    return error(pairs, model, lambda frames, rng: reconstruction_error(frames, model.network, shift, rng))
+
+
+def error(pairs, model, of):
+    """The error in percent of a function of frames (n_frames, n_bins) and a random generator, over the originals of pairs."""
     originals = [frames_of(original, model.cqt) for _, original, _, _ in tqdm(pairs, leave=False)]
-    errors = [reconstruction_error(frames, model.network, shift, np.random.default_rng(n)) for n, frames in enumerate(originals)]
-    return 100 * np.mean(errors), 100 * np.mean([copy_error(frames) for frames in originals])
+    return figures([piece for piece, *_ in pairs], [[of(frames, np.random.default_rng(n))] for n, frames in enumerate(originals)])
+
+
+def kinds_of(weights, transpositions):
+    """What is compared, by label: model, `represent` as `invariance` and `alignment` take it, whether it is a network that rebuilds."""
+    models = {label(file): gae.load_model(file) for file in weights}
+    ours = next(iter(models.values()))
+    for (name, model), bins in itertools.product(list(models.items()), transpositions):
+        models[f"{name}, {bins} bins"] = replace(model, sizes=model.sizes.model_copy(update={"transposed": bins}))
+    if (SHARED / "cgae_pretrained.npz").exists():
+        models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
+        models["published, our frames"] = replace(models["published"], cqt=ours.cqt)
+    kinds = {name: (model, partial(features_at, model), True) for name, model in models.items()}
+    kinds["CQT back"] = ours, partial(shifted_back, ours), False
+    kinds["CQT back, context"] = ours, partial(shifted_back_in_context, ours), False
+    return kinds
+
+
+def label(file):
+    """How weights are called in tables: by the name of their file."""
+    return Path(file).name.removesuffix(".safetensors")
+
+
+def material(given, folder):
+    """Sets of pairs and of performances, by name, of what there is of the music."""
+    sets, performances = {}, {}
+    if Path(given.soundfont).exists() and given.performances:
+        sets["performed"] = performed_pairs(given.performances, given.soundfont, folder)
+    if Path(given.soundfont).exists() and given.jkupdd.exists():
+        sets["piano"] = piano_pairs(given.jkupdd, given.soundfont, folder)
+        sets["piano, 1 take"] = sets["piano"][::TAKES]
+        performances["piano"] = piano_performances(given.jkupdd, given.soundfont, folder)
+    for name, music in RECORDINGS.items():
+        if Path(music).exists() and shutil.which("rubberband"):
+            sets[name] = recording_pairs(music, folder, given.cents)
+    if Path(given.corpus, "corpus.json").exists():
+        sets["corpus"] = corpus_pairs(given.corpus)
+        performances["corpus"] = corpus_performances(given.corpus)
+    return sets, performances
+
+
+def measures(sets, performances, model, represent, rebuilds):
+    """What there is to measure of a kind, by the name of its column: functions that measure it."""
+    found = {name: partial(invariance, pairs, represent) for name, pairs in sets.items()}
+    for name, tasks in performances.items():
+        for take, spelt in (("transposed", ""), ("original", ", as written")):
+            found[f"beats, {name}{spelt}"] = partial(alignment, tasks, represent, model.cqt.frame_seconds, take)
+    if rebuilds and "corpus" in sets:
+        found["error"] = partial(rebuilding, sets["corpus"], model)
+        found["of the frame before"] = partial(error, sets["corpus"], model, lambda frames, _: copy_error(frames))
+    return found
+
+
+def table(results):
+    """The results as a Markdown table: means, a row for each kind."""
+    columns = list(dict.fromkeys(column for row in results.values() for column in row))
+    rows = [
+        [name, *(" / ".join(rounded(row[column]["mean"])) if column in row else "" for column in columns)] for name, row in results.items()
+    ]
+    return markdown(["", *columns], rows)
 
 
 if __name__ == "__main__":
@@ -263,41 +338,14 @@ if __name__ == "__main__":
     parser.add_argument("--performances", type=Path, help="a folder with MAESTRO's Maestro_*.mid")
     parser.add_argument("--cents", type=float, default=0, help="shift recordings by so much more than whole semitones")
     parser.add_argument("--corpus", default="data/corpus")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON that keeps the figures")
     given = parser.parse_args()
-    models = {file: gae.load_model(file) for file in given.weights}
-    ours = next(iter(models.values()))
-    for (file, model), bins in itertools.product(list(models.items()), given.transposed):
-        models[f"{file}, {bins} bins"] = replace(model, sizes=model.sizes.model_copy(update={"transposed": bins}))
-    if (SHARED / "cgae_pretrained.npz").exists():
-        models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
-        models["published, our frames"] = replace(models["published"], cqt=ours.cqt)
-    kinds = {label: (partial(features_at, model), model.cqt.frame_seconds) for label, model in models.items()}
-    kinds["CQT back"] = partial(shifted_back, ours), ours.cqt.frame_seconds
-    kinds["CQT back, context"] = partial(shifted_back_in_context, ours), ours.cqt.frame_seconds
     with tempfile.TemporaryDirectory() as folder:
-        sets, performances = {}, {}
-        if Path(given.soundfont).exists() and given.jkupdd.exists():
-            sets["piano"] = piano_pairs(given.jkupdd, given.soundfont, Path(folder))
-            sets["piano, 1 take"] = sets["piano"][::TAKES]
-            performances["piano"] = piano_performances(given.jkupdd, given.soundfont, Path(folder))
-        if Path(given.soundfont).exists() and given.performances:
-            sets["performed"] = performed_pairs(given.performances, given.soundfont, Path(folder))
-        for name, music in RECORDINGS.items():
-            if Path(music).exists() and shutil.which("rubberband"):
-                sets[name] = recording_pairs(music, Path(folder), given.cents)
-        if Path(given.corpus, "corpus.json").exists():
-            sets["corpus"] = corpus_pairs(given.corpus)
-            performances["corpus"] = corpus_performances(given.corpus)
-        for name, pairs in sets.items():
-            for label, (represent, _) in kinds.items():
-                print(f"{name:13} {len(pairs):3} tracks  {label:24} top-1 {invariance(pairs, represent)}", flush=True)
-        for name, tasks in performances.items():
-            for label, (represent, seconds) in kinds.items():
-                for take in ("transposed", "original"):
-                    beats = alignment(tasks, represent, seconds, take)
-                    print(f"{name:13} {len(tasks):3} scores, {take:10}  {label:24} beats {beats}", flush=True)
-        if "corpus" in sets:
-            for label, model in models.items():
-                rebuilt, copied = rebuilding(sets["corpus"], model)
-                errors = f"rebuilt with an error of {rebuilt:.2f} %, the frame before in its place: {copied:.2f} %"
-                print(f"corpus        {len(sets['corpus']):3} tracks  {label:24} {errors}", flush=True)
+        out = given.out or Path(folder, "results.json")
+        sets, performances = material(given, Path(folder))
+        for name, kind in kinds_of(given.weights, given.transposed).items():
+            for column, measure in measures(sets, performances, *kind).items():
+                if column not in measured(out).get(name, {}):
+                    row = record(out, name, column, measure())[name]
+                    print(f"{name:24} {column:24} {shown(row[column])}", flush=True)
+        print(table(measured(out)))

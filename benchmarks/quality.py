@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from published import SHARED, alignment, corpus_pairs, corpus_performances, features_at, invariance
+from published import SHARED, alignment, corpus_pairs, corpus_performances, features_at, invariance, shown
 
 import gae
 from gae.original import from_arrays
@@ -48,8 +48,9 @@ def train(steps, shards, folder):
 def judge(model, corpus):
     """Top-1 for one frame and for eight, and beats of the transposed score within each tolerance, as text."""
     represent = partial(features_at, model)
+    top1 = invariance(corpus_pairs(corpus), represent)
     beats = alignment(corpus_performances(corpus), represent, model.cqt.frame_seconds, "transposed")
-    return f"top-1 {invariance(corpus_pairs(corpus), represent)}, beats {beats}"
+    return f"top-1 {shown(top1)}, beats {shown(beats)}"
 
 
 if __name__ == "__main__":
