@@ -33,6 +33,7 @@ import itertools
 import math
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from functools import cache, partial
@@ -273,6 +274,8 @@ def error(pairs, model, of):
 def kinds_of(weights, transpositions):
     """What is compared, by label: model, `represent` as `invariance` and `alignment` take it, whether it is a network that rebuilds."""
     models = {label(file): gae.load_model(file) for file in weights}
+    if len(models) < len(weights):
+        sys.exit("--weights: two files of one name, which stands for them in tables; rename one")
     ours = next(iter(models.values()))
     for (name, model), bins in itertools.product(list(models.items()), transpositions):
         models[f"{name}, {bins} bins"] = replace(model, sizes=model.sizes.model_copy(update={"transposed": bins}))
