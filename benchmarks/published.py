@@ -67,6 +67,8 @@ TEMPI = {"wtc2f20": 84, "sonata01-3": 192, "mazurka24-4": 138, "silverswan": 54,
 FREE = Manner(rubato=0.15, jitter=0.015, dynamics=14.0, accents=8.0, slowing=0.5, held=(0.6, 1.05))
 SHIFTS = [k for k in range(-6, 7) if k]
 FRAMES, STACK = 100, 8  # frames a track, frames stacked
+COLUMNS = ["performed", "piano", "piano, 1 take", *RECORDINGS, "corpus"]
+COLUMNS += [f"beats, {music}{spelt}" for music in ("piano", "corpus") for spelt in ("", ", as written")] + ["error", "of the frame before"]
 HOP = 0.04  # s, about the hop of alignment
 TAKES = 3  # of each piece for the piano
 
@@ -323,13 +325,12 @@ def measures(sets, performances, model, represent, rebuilds):
     return found
 
 
-def table(results):
-    """The results as a Markdown table: means, a row for each kind."""
-    columns = list(dict.fromkeys(column for row in results.values() for column in row))
-    rows = [
-        [name, *(" / ".join(rounded(row[column]["mean"])) if column in row else "" for column in columns)] for name, row in results.items()
-    ]
-    return markdown(["", *columns], rows)
+def table(results, first):
+    """The results as a Markdown table: means, a row for each kind, those named `first` in that order."""
+    columns = [column for column in COLUMNS if any(column in row for row in results.values())]
+    names = [name for name in dict.fromkeys([*first, *results]) if name in results]
+    cells = [[rounded(results[name][column]["mean"]) if column in results[name] else [] for column in columns] for name in names]
+    return markdown(["", *columns], [[name, *map(" / ".join, row)] for name, row in zip(names, cells, strict=True)])
 
 
 if __name__ == "__main__":
@@ -346,9 +347,10 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         out = given.out or Path(folder, "results.json")
         sets, performances = material(given, Path(folder))
-        for name, kind in kinds_of(given.weights, given.transposed).items():
+        kinds = kinds_of(given.weights, given.transposed)
+        for name, kind in kinds.items():
             for column, measure in measures(sets, performances, *kind).items():
                 if column not in measured(out).get(name, {}):
                     row = record(out, name, column, measure())[name]
                     print(f"{name:24} {column:24} {shown(row[column])}", flush=True)
-        print(table(measured(out)))
+        print(table(measured(out), kinds))
