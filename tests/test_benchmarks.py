@@ -1,13 +1,59 @@
-"""Benchmarks that call into the stages do so as these are: in short."""
+"""Benchmarks that call into the stages do so as these are: in short. And the recipes that they vary are those that there are."""
 
+import re
 from pathlib import Path
+
+import pytest
+
+import gae
+from gae import params
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def test_what_an_archive_costs(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import cost
 
     monkeypatch.setattr(cost, "TRACK", 4)
     seconds, sizes = cost.measure(0, tmp_path)
     assert min(seconds.values()) > 0 and min(sizes.values()) > 0
     assert len(cost.table(seconds, sizes).splitlines()) == 12
+
+
+def test_every_variation_changes_parameters_that_there_are():
+    import ablation
+
+    for base, variations in ablation.RECIPES.values():
+        as_it_is = params.load(overrides=base)
+        for name, changes in variations.items():
+            assert (params.load(overrides=[*base, *changes]) == as_it_is) == (not changes), name
+
+
+def test_the_shipped_recipe_made_the_shipped_weights():
+    import ablation
+
+    recipe, model = params.load(overrides=[*ablation.SHIPPED, "train.steps=20000"]), gae.load_model()
+    assert (model.sizes, model.cqt) == (recipe.model, recipe.cqt)
+    made = {key: value for key, value in model.facts["train"].items() if key != "precision"}  # auto here
+    assert made.items() <= recipe.train.model_dump().items()
+    command = re.search(r"dvc exp run -n pretrained .*", (ROOT / "models/pretrained.md").read_text())[0]
+    assert set(re.findall(r"-S (\S+)", command)) == {*ablation.SHIPPED, "train.steps=20000"}
+
+
+def test_figures_on_unseen_music_make_a_table():
+    import published
+
+    measure = published.figures(["a", "a", "b"], [[0.5, 0.9], [0.3, 0.9], [0.1, 0.9]])
+    results = {"later": {"error": published.figures(["a"], [[0.05401]])}, "first": {"error": measure, "piano": measure}}
+    assert published.shown(measure).startswith("30.0 ± ") and published.shown(measure).endswith(" / 90.0 ± 0.0 %")
+    assert published.table(results, ["first"]).splitlines() == [
+        "|  | piano | error |",
+        "| --- | --- | --- |",
+        "| first | 30.0 / 90.0 | 30.0 / 90.0 |",
+        "| later |  | 5.40 |",
+    ]
