@@ -79,7 +79,7 @@ SHIPPED = [  # models/pretrained.md
     "train.stretch=0.15",
     "train.validation=0",
 ]
-PRETRAINED = {  # those that compute other frames come last
+PRETRAINED = {  # those of other lists come last: frames that are on none are forgotten
     "pretrained": [],
     "reconstruction-objective": ["train.objective=reconstruction"],
     "contrast-0.4-to-0.012": ["train.contrast=0.4"],
@@ -93,10 +93,8 @@ PRETRAINED = {  # those that compute other frames come last
     "maps-128": ["model.n_maps=128"],
     "context-9-of-9": DEFAULT["context-9-of-9"],
     "context-21-of-21": DEFAULT["context-21-of-21"],
-    "adam": ["train.optimiser=adam"],
-    "no-recordings": ["data.train_list=data/train.txt"],
     "no-shifted-views": ["data.shifted_views=0"],
-    "hop-896": ["cqt.hop_length=896", "model.growth=0.05"],  # the same span in seconds
+    "no-recordings": ["data.train_list=data/train.txt"],
 }
 RECIPES = {"default": ([], DEFAULT), "pretrained": (SHIPPED, PRETRAINED)}
 
