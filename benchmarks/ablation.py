@@ -93,6 +93,7 @@ PRETRAINED = {  # those of other lists come last: frames that are on none are fo
     "maps-128": ["model.n_maps=128"],
     "context-9-of-9": DEFAULT["context-9-of-9"],
     "context-21-of-21": DEFAULT["context-21-of-21"],
+    "adam": DEFAULT["adam"],
     "no-shifted-views": ["data.shifted_views=0"],
     "no-recordings": ["data.train_list=data/train.txt"],
 }
