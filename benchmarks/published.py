@@ -17,7 +17,7 @@ wesnoth, hyperrogue, warzone2100, singularity
 corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not, and the error with
             which transposed frames are rebuilt
 
-Figures stand with their standard errors, by bootstrap over the pieces; a table without them comes last. What `--out` names gets all
+Figures stand with their standard errors, by bootstrap over the pieces; a table of most without them comes last. What `--out` names gets all
 figures, is not measured again where it has them, and may be written to by several at once. Sets whose material or tools are missing are
 left out. The
 published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae import-weights
@@ -67,8 +67,7 @@ TEMPI = {"wtc2f20": 84, "sonata01-3": 192, "mazurka24-4": 138, "silverswan": 54,
 FREE = Manner(rubato=0.15, jitter=0.015, dynamics=14.0, accents=8.0, slowing=0.5, held=(0.6, 1.05))
 SHIFTS = [k for k in range(-6, 7) if k]
 FRAMES, STACK = 100, 8  # frames a track, frames stacked
-COLUMNS = ["performed", "piano", "piano, 1 take", *RECORDINGS, "corpus"]
-COLUMNS += [f"beats, {music}{spelt}" for music in ("piano", "corpus") for spelt in ("", ", as written")] + ["error", "of the frame before"]
+COLUMNS = ["performed", "piano", "piano, 1 take", *RECORDINGS, "corpus", "beats, piano", "beats, corpus", "error"]  # of the table
 HOP = 0.04  # s, about the hop of alignment
 TAKES = 3  # of each piece for the piano
 
