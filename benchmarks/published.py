@@ -17,12 +17,12 @@ wesnoth, hyperrogue, warzone2100, singularity
 corpus      the held-out pieces of the built-in corpus: also alignment with another performance, transposed and not, and the error with
             which transposed frames are rebuilt
 
-Figures stand with their standard errors, by bootstrap over the pieces; a table of most without them comes last. What `--out` names gets all
-figures, is not measured again where it has them, and may be written to by several at once. Sets whose material or tools are missing are
-left out. The published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae
-import-weights model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They
-are also shown with our frames, which are compressed. `--transposed` shows all of ours once more with features over other transpositions than they say
-(`model.transposed`, on which no step of a training depends). Beside the weights stands the constant-Q transform of the first of
+Figures stand with their standard errors, by bootstrap over the pieces; a table of most without them comes last. What `--out` names gets
+all figures, is not measured again where it has them, and may be written to by several at once. Sets whose material or tools are missing
+are left out. The published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae
+import-weights model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They are
+also shown with our frames, which are compressed. `--transposed` shows all of ours once more with features over other transpositions than
+they say (`model.transposed`, on which no step of a training depends). Beside the weights stands the constant-Q transform of the first of
 them, moved back by the known interval, a frame alone and with all those that the weights see.
 """
 
