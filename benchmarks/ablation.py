@@ -80,7 +80,7 @@ SHIPPED = [  # models/pretrained.md
     "train.validation=0",
 ]
 PRETRAINED = {  # those of other lists come last: frames that are on none are forgotten
-    "pretrained": [],
+    "default": [],
     "reconstruction-objective": ["train.objective=reconstruction"],
     "contrast-0.4-to-0.012": ["train.contrast=0.4"],
     "contrast-0.06": ["train.contrast=0.06", "train.contrast_kept=1"],  # the mean of the falling one
@@ -135,7 +135,7 @@ def table(results):
     """The results as a Markdown table: means over the seeds."""
     titles = ["experiment", "seeds", "top-1, 1 frame", "8 frames", "beats within 50 ms", "100 ms", "reconstruction error"]
     lines = []
-    for name in filter(results.get, [*DEFAULT, *PRETRAINED]):
+    for name in filter(results.get, dict.fromkeys([*DEFAULT, *PRETRAINED])):
         rows = list(results[name].values())
         means = {key: f"{sum(row[key] for row in rows) / len(rows):.1f}" for key in rows[0]}
         spread = f" ({min(row['top1'] for row in rows):.1f} to {max(row['top1'] for row in rows):.1f})" if len(rows) > 1 else ""
