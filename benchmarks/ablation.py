@@ -1,16 +1,16 @@
 """What each choice of the recipe is worth: one DVC experiment for each choice taken back or varied.
 
-    python benchmarks/ablation.py [--recipe pretrained] [--steps 1600] [--seeds 1 2 3] [--only NAME ...] [--out docs/ablation.json]
+    python benchmarks/ablation.py [--recipe pretrained] [--steps 1600] [--seeds 1 2 3] [--only NAME ...] [--out FILE.json]
                                   [--weights FOLDER]
 
 The recipe from which each row differs is the default, or that of the shipped weights. Run it from the root of a clean checkout; every
-experiment stays in `dvc exp show`. All train on the same number of frames, that of `--steps` steps of the default. What is in `--out` is
-not run again, and is printed at once; the table is printed anew after each experiment, so an interrupted run has shown all it measured.
-Several may write to one: on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after
-the other.
+experiment stays in `dvc exp show`. All train on the same number of frames, that of `--steps` steps of the default. What is in `--out`, by
+default docs/ablation.json or for another recipe docs/ablation-RECIPE.json, is not run again, and is printed at once; the table is printed
+anew after each experiment, so an interrupted run has shown all it measured. Several may write to one: on two cores two of them, each with
+OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after the other.
 
 With `--weights` experiments end with their training, and FOLDER gets the weights of each, for benchmarks/published.py to judge on music
-that none has heard; what is there already is not trained again.
+that none has heard; what is there already is not trained again, so each recipe and number of steps needs a folder of its own.
 """
 
 import argparse
@@ -131,11 +131,11 @@ def same_frames(steps, changes):
     return round(steps * frames[0] / frames[1])
 
 
-def table(results):
-    """The results as a Markdown table: means over the seeds."""
+def table(results, names):
+    """The results of some rows as a Markdown table: means over the seeds."""
     titles = ["experiment", "seeds", "top-1, 1 frame", "8 frames", "beats within 50 ms", "100 ms", "reconstruction error"]
     lines = []
-    for name in filter(results.get, dict.fromkeys([*DEFAULT, *PRETRAINED])):
+    for name in filter(results.get, names):
         rows = list(results[name].values())
         means = {key: f"{sum(row[key] for row in rows) / len(rows):.1f}" for key in rows[0]}
         spread = f" ({min(row['top1'] for row in rows):.1f} to {max(row['top1'] for row in rows):.1f})" if len(rows) > 1 else ""
@@ -156,15 +156,16 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", metavar="NAME")
-    parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
+    parser.add_argument("--out", type=Path, metavar="FILE")
     parser.add_argument("--weights", type=Path, metavar="FOLDER")
     given = parser.parse_args()
     variations = RECIPES[given.recipe][1]
+    out = given.out or Path("docs", "ablation.json" if given.recipe == "default" else f"ablation-{given.recipe}.json")
     unknown = set(given.only or []) - set(variations)
     if unknown:
         parser.error(f"--only: the recipe {given.recipe} has {', '.join(variations)}; got {', '.join(sorted(unknown))}")
     if not given.weights:
-        print(table(measured(given.out)), flush=True)
+        print(table(measured(out), variations), flush=True)
     for seed in given.seeds:
         for name in given.only or variations:
             if given.weights:
@@ -172,6 +173,6 @@ if __name__ == "__main__":
                 if not file.exists():
                     run(given.recipe, name, seed, given.steps, "train")
                     keep("models/gae.safetensors", file)
-            elif str(seed) not in measured(given.out).get(name, {}):
+            elif str(seed) not in measured(out).get(name, {}):
                 run(given.recipe, name, seed, given.steps, "evaluate")
-                print(table(record(given.out, name, seed, figures())), flush=True)
+                print(table(record(out, name, str(seed), figures()), variations), flush=True)
