@@ -1,5 +1,6 @@
 """Benchmarks that call into the stages do so as these are: in short. And the recipes that they vary are those that there are."""
 
+import json
 import re
 from pathlib import Path
 
@@ -57,3 +58,33 @@ def test_figures_on_unseen_music_make_a_table():
         "| first | 30.0 / 90.0 | 30.0 / 90.0 |",
         "| later |  | 5.40 |",
     ]
+
+
+def test_the_model_card_says_what_was_measured():
+    import published
+
+    results = json.loads((ROOT / "docs/unseen-shipped.json").read_text())
+    kinds = ["pretrained", "pretrained-fast", "published", "published, our frames", "CQT back", "CQT back, context"]
+    measured = [[published.shown(results[kind][column]).removesuffix(" %") for kind in kinds] for column in results["CQT back"]]
+    card = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in (ROOT / "models/pretrained.md").read_text().splitlines()]
+    shown = [row for row in card if len(row) == len(kinds) and "±" in row[0]]
+    assert sorted(shown) == sorted(measured)
+
+
+@pytest.mark.parametrize("recipe", ["pretrained", "hour"])
+def test_the_docs_say_what_was_measured_on_unseen_music(recipe):
+    import published
+
+    results = json.loads((ROOT / f"docs/unseen-{recipe}.json").read_text())
+    ours = {name: row for name, row in results.items() if "error" in row and not name.startswith("published")}
+    docs = (ROOT / "docs/experiments.md").read_text().splitlines()
+    assert set(published.table(ours, []).splitlines()) <= set(docs)
+
+
+def test_the_docs_say_what_was_measured_on_the_built_in_hour():
+    import ablation
+
+    docs = (ROOT / "docs/experiments.md").read_text().splitlines()
+    for file in ("ablation.json", "ablation-full.json"):
+        rows = ablation.table(json.loads((ROOT / "docs" / file).read_text()), ablation.DEFAULT).splitlines()
+        assert set(rows) <= set(docs), file
