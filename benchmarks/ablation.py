@@ -68,7 +68,7 @@ DEFAULT = {  # on the built-in hour
     "transposed-0": ["model.transposed=0"],
     "hop-896": ["cqt.hop_length=896"],
 }
-SHIPPED = [  # models/pretrained.md
+SHIPPED_RECIPE = [  # models/pretrained.md
     "data.train_list=data/pretrained.txt",
     "corpus.hours=8",
     "model.n_hidden=512",
@@ -97,7 +97,7 @@ PRETRAINED = {  # those of other lists come last: frames that are on none are fo
     "no-shifted-views": ["data.shifted_views=0"],
     "no-recordings": ["data.train_list=data/train.txt"],
 }
-RECIPES = {"default": ([], DEFAULT), "pretrained": (SHIPPED, PRETRAINED)}
+RECIPES = {"default": ([], DEFAULT), "pretrained": (SHIPPED_RECIPE, PRETRAINED)}
 
 
 def run(recipe, name, seed, steps, target):

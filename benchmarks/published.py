@@ -262,17 +262,17 @@ def rounded(values):
 
 def rebuilding(pairs, model, shift=12):
     """The error in percent of the power with which frames are rebuilt, moved by up to `shift` bins."""
-    return error(pairs, model, lambda frames, rng: reconstruction_error(frames, model.network, shift, rng))
+    return errors_of(pairs, model, lambda frames, rng: reconstruction_error(frames, model.network, shift, rng))
 
 
-def error(pairs, model, of):
-    """The error in percent of a function of frames (n_frames, n_bins) and a random generator, over the originals of pairs."""
+def errors_of(pairs, model, function):
+    """The error in percent that a function gives of frames (n_frames, n_bins) and a random generator, over the originals of pairs."""
     originals = [frames_of(original, model.cqt) for _, original, _, _ in tqdm(pairs, leave=False)]
-    return figures([piece for piece, *_ in pairs], [[of(frames, np.random.default_rng(n))] for n, frames in enumerate(originals)])
+    return figures([piece for piece, *_ in pairs], [[function(frames, np.random.default_rng(n))] for n, frames in enumerate(originals)])
 
 
 def kinds_of(weights, transpositions):
-    """What is compared, by label: model, `represent` as `invariance` and `alignment` take it, whether it is a network that rebuilds."""
+    """What is compared, by label: model, `represent` as `invariance` and `alignment` take it, and whether the model rebuilds frames."""
     models = {label(file): gae.load_model(file) for file in weights}
     if len(models) < len(weights):
         sys.exit("--weights: two files of one name, which stands for them in tables; rename one")
@@ -319,7 +319,7 @@ def measures(sets, performances, model, represent, rebuilds):
             found[f"beats, {name}{spelt}"] = partial(alignment, tasks, represent, model.cqt.frame_seconds, take)
     if rebuilds and "corpus" in sets:
         found["error"] = partial(rebuilding, sets["corpus"], model)
-        found["of the frame before"] = partial(error, sets["corpus"], model, lambda frames, _: copy_error(frames))
+        found["of the frame before"] = partial(errors_of, sets["corpus"], model, lambda frames, _: copy_error(frames))
     return found
 
 

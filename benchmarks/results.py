@@ -7,7 +7,7 @@ from gae.files import read_json, write_json
 
 def measured(out):
     """What a file of results holds, {name: {key: ...}}; nothing if there is none."""
-    return read_json(out) if out and out.exists() else {}
+    return read_json(out) if out.exists() else {}
 
 
 def record(out, name, key, figures):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def path(monkeypatch):
+def benchmarks_at_hand(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
@@ -38,12 +38,12 @@ def test_every_variation_changes_parameters_that_there_are():
 def test_the_shipped_recipe_made_the_shipped_weights():
     import ablation
 
-    recipe, model = params.load(overrides=[*ablation.SHIPPED, "train.steps=20000"]), gae.load_model()
+    recipe, model = params.load(overrides=[*ablation.SHIPPED_RECIPE, "train.steps=20000"]), gae.load_model()
     assert (model.sizes, model.cqt) == (recipe.model, recipe.cqt)
     made = {key: value for key, value in model.facts["train"].items() if key != "precision"}  # auto here
     assert made.items() <= recipe.train.model_dump().items()
     command = re.search(r"dvc exp run -n pretrained .*", (ROOT / "models/pretrained.md").read_text())[0]
-    assert set(re.findall(r"-S (\S+)", command)) == {*ablation.SHIPPED, "train.steps=20000"}
+    assert set(re.findall(r"-S (\S+)", command)) == {*ablation.SHIPPED_RECIPE, "train.steps=20000"}
 
 
 def test_figures_on_unseen_music_make_a_table():
