@@ -4,7 +4,7 @@
 >>> model = gae.load_model()                                  # shipped weights, or a path
 >>> features = gae.extract(samples, sample_rate, model)       # samples (n,) or (n, channels)
 >>> features.values.shape, features.times[:2]
-((1477, 64), array([0.        , 0.02031746]))
+((1477, 128), array([0.        , 0.02031746]))
 >>> features = gae.read_features("features/song.h5")
 """
 
