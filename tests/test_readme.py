@@ -26,7 +26,7 @@ def test_the_examples_run_and_find_what_they_say(tmp_path, monkeypatch):
     basics, aligning, finding, chain = re.findall(r"```python\n(.+?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     names = {}
     run(basics, names)
-    assert names["features"].values.shape[1] == 64
+    assert names["features"].values.shape[1] == int(re.search(r"\(n_frames, (\d+)\)", basics)[1])
     assert run(aligning, names) == pytest.approx([0.5, 2.0], abs=0.05)
     assert run(finding, names) == pytest.approx(names["query"].times[50] - 0.5, abs=0.03)
     run(chain, names)
