@@ -69,7 +69,7 @@ DEFAULT = {  # on the built-in hour
     "transposed-0": ["model.transposed=0"],
     "hop-896": ["cqt.hop_length=896"],
 }
-LONG_LIST = [
+LONG_LIST = [  # what both of the next have
     "data.train_list=data/pretrained.txt",
     "corpus.hours=8",
     "model.n_hidden=512",
