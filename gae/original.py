@@ -196,7 +196,8 @@ def _parameters(saved):
     for name, layer in layers.items():
         for option, plain in _PLAIN.items():
             if layer.state.get(option, plain) != plain:
-                raise FormatError(f"refused {name}{option} {layer.state[option]}, which the original does not have"[:120])
+                # not the value: tuples within tuples may have a text without end
+                raise FormatError(f"refused {name}{option}, which is not the original's"[:120])
     named = {name + key: value for name, layer in layers.items() for key, value in _few(layer.state.get("_parameters", {})).items()}
     return {name: value for name, value in named.items() if value is not None}  # a bias that a layer does without
 
@@ -215,6 +216,8 @@ def _tensor(record, storage):
     if record.name not in _TENSORS:
         raise FormatError(f"refused {record.name} in the place of a tensor")
     held, offset, shape, strides = record.arguments[:4]
+    if len(shape) > 4 or not all(isinstance(number, int) for number in (offset, *shape, *strides)):
+        raise FormatError("refused a tensor of other dimensions than the original's")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if min(offset, *shape, *strides) < 0 or last >= held.size or math.prod(shape) > held.size:
         raise FormatError("refused a tensor that claims more numbers than it has")

@@ -273,12 +273,19 @@ def claimed(size, shape, strides, key="0"):
         return op(b"\x8a", bytes([16]), n.to_bytes(16, "little", signed=True))
 
     def row_of(numbers):
-        return op(b"(", *map(number, numbers), b"t")
+        return op(b"(", *(row_of(n) if isinstance(n, tuple) else number(n) for n in numbers), b"t")
 
     storage = op(b"(", text("storage"), b"ctorch\nFloatStorage\n", text(key), text("cpu"), number(size), b"tQ")
     tensor = op(b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, number(0), row_of(shape), row_of(strides), b"\x89N", b"tR")
     names = ["conv_x.weight", "conv_y.weight", "conv_m1.weight", "conv_m1.bias", "conv_m2.weight", "conv_m2.bias"]
     return op(b"\x80\x02}(", *(op(text(name), tensor) for name in names), b"u.")
+
+
+def doubled(levels):
+    """A module with a layer whose stride is a pair of the same pair of the same pair, and so on: twice the text at each level."""
+    stride = op(b"K\x01", op(b"q\x00h\x00\x86") * levels)
+    layer = op(b"ctorch.nn.modules.conv\nConv2d\n)\x81}", text("stride"), stride, b"sb")
+    return op(b"\x80\x02ccgae\nC_GAE\n)\x81}", text("_modules"), b"}", text("conv_x"), layer, b"ssb.")
 
 
 def crossed(count, length):
@@ -297,6 +304,9 @@ GREEDY = {
     "negative": zipped(claimed(-1, (2, 1, 2, 2), (-1, -1, -1, -1)), **{"0": bytes(16)}),
     "outside": zipped(claimed(4, (2, 2), (10**6, 1)), **{"0": bytes(16)}),
     "huge": zipped(claimed(2**120, (2**60, 2**60), (2**60, 1)), **{"0": bytes(16)}),
+    "dimensions": zipped(claimed(2**120, (2**120,) * 500, (0,) * 500), **{"0": bytes(16)}),
+    "a row for a stride": zipped(claimed(10**8, (10**7,), ((0,) * 60,)), **{"0": bytes(16)}),
+    "doubled": zipped(doubled(22)),
     "absent": zipped(claimed(4, (4,), (1,), key="7")),
     "row": row(claimed(4, (4,), (1,)), ["0"]) + (2**62).to_bytes(8, "little"),
     "memo": zipped(b"\x80\x02Nr\xff\xff\xff\xff."),
@@ -324,6 +334,8 @@ WHY = {
     **dict.fromkeys(["storage", "huge"], "not a weights file"),
     "deflated": "refused compressed entries",
     "number for a key": "refused a key that is no text",
+    "doubled": "refused conv_x.stride, which is not the original's",
+    **dict.fromkeys(["dimensions", "a row for a stride"], "refused a tensor of other dimensions than the original's"),
     "copies of a text": "refused a container that is not made of a list",
     "long": "refused a pickle longer than any of weights",
     **dict.fromkeys(["strides", "negative", "outside"], "refused a tensor that claims more numbers than it has"),
