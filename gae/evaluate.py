@@ -64,7 +64,7 @@ def evaluate(params, corpus, out, metrics, text):
     Parameters
     ----------
     params : gae.params.Params
-        Reads evaluate, train.shift, compute, and convert.weights: the model to judge, by its own CQT parameters throughout.
+        Reads evaluate, compute, and convert.weights: the model to judge, by its own CQT parameters throughout.
     corpus : Path
         Folder of `gae.corpus`.
     out : Path
@@ -98,7 +98,7 @@ def evaluate(params, corpus, out, metrics, text):
     pieces = heldout_pieces(corpus)
     model = load_model(params.convert.weights)  # before any work, lest it be missing
     settings = params.evaluate
-    arguments = (Path(corpus), Path(params.convert.weights), settings, params.train.shift)
+    arguments = (Path(corpus), Path(params.convert.weights), settings)
     reports = map_tracks(judge, list(enumerate(pieces)), beside_files(params.compute), "evaluate", arguments)
     figures = {
         "pieces": len(pieces),
@@ -163,7 +163,7 @@ def heldout_file(corpus, piece, take):
     return Path(corpus) / "heldout" / piece["id"] / f"{take}.flac"
 
 
-def judge(item, corpus, model, settings, shift):
+def judge(item, corpus, model, settings):
     """Measure all that concerns one piece alone, and draw the frames that are to be found again among all pieces'.
 
     Parameters
@@ -172,8 +172,6 @@ def judge(item, corpus, model, settings, shift):
         Number (it seeds the draw) and entry of the piece.
     corpus, model : Path
     settings : gae.params.Evaluate
-    shift : int
-        Largest transposition of the reconstruction, in bins.
 
     Returns
     -------
@@ -202,7 +200,7 @@ def judge(item, corpus, model, settings, shift):
             for key, score in (("transposed", transposed), ("untransposed", original))
             if piece["beats"]["score"]
         },
-        "reconstruction": reconstruction_error(original["cqt"], model.network, shift, rng),
+        "reconstruction": reconstruction_error(original["cqt"], model.network, settings.shift, rng),
         "copy": copy_error(original["cqt"]),
     }
 
@@ -249,14 +247,17 @@ def copy_error(frames):
 
 
 def comparison(figures):
-    """What `dvc metrics` shows of the figures that `evaluate` writes: a row for each kind of feature, in percent, and speed."""
+    """What `dvc metrics` shows of the figures that `evaluate` writes: a row for each kind of feature, in percent, and speed.
+
+    Each figure has its standard error over the pieces beside it, `<figure>_se`.
+    """
     rows = {}
     for kind in KINDS:
         found, aligned = figures["invariance"][kind], figures["alignment"][kind]
-        rows[kind] = {"top1": found["top1"], "top1_stacked": found["top1_stacked"]}
-        rows[kind] |= {f"beats_{span}": aligned["transposed"][span] for span in TOLERANCES}
-        rows[kind] |= {f"beats_{span}_untransposed": aligned["untransposed"][span] for span in TOLERANCES}
-    rows["reconstruction_error"] = figures["reconstruction"]["relative_error"]
+        rows[kind] = {name + error: found[name + error] for name in ("top1", "top1_stacked") for error in ("", "_se")}
+        for key, named in (("transposed", ""), ("untransposed", "_untransposed")):
+            rows[kind] |= {f"beats_{span}{named}{error}": aligned[key][span + error] for span in TOLERANCES for error in ("", "_se")}
+    rows |= {f"reconstruction_error{error}": figures["reconstruction"][f"relative_error{error}"] for error in ("", "_se")}
     rows["times_real_time"] = figures["speed"]["conversion_times_real_time"]
     return rows
 

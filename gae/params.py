@@ -230,6 +230,7 @@ class Evaluate(Section):
     frames: int = Field(100, ge=1, le=100_000, description="random frames a track")
     stack: int = Field(8, ge=1, le=1000, description="successive frames in the stacked comparison")
     alignment_hop: float = Field(0.04, gt=0, le=1, description="time between the frames of an alignment, in s")
+    shift: int = Field(12, ge=0, le=1000, description="largest transposition of frames that are rebuilt, in bins")
     bootstrap: int = Field(1000, ge=2, le=100_000, description="resamplings of the tracks for the errors of estimation")
     seed: int = Field(1, ge=0, lt=2**32, description="seed of the random frames and resamplings")
 

@@ -19,8 +19,8 @@ from gae.modelfile import load_model, save_model
 from gae.params import Convert, Evaluate, Params, Train
 
 RATE = tiny.CQT.sample_rate
-SETTINGS = Evaluate(frames=40, stack=4, alignment_hop=0.064, bootstrap=50)
-PARAMS = Params(evaluate=SETTINGS, train=Train(shift=6))
+SETTINGS = Evaluate(frames=40, stack=4, alignment_hop=0.064, shift=6, bootstrap=50)
+PARAMS = Params(evaluate=SETTINGS)
 
 
 def by(model, params=PARAMS):
@@ -122,17 +122,27 @@ def test_figures_are_complete_and_finite(figures):
 def test_one_table_sets_all_measures_beside_the_baselines(figures):
     rows = comparison(figures)
     for kind in KINDS:
+        found, aligned = figures["invariance"][kind], figures["alignment"][kind]
         assert rows[kind] == {
-            "top1": figures["invariance"][kind]["top1"],
-            "top1_stacked": figures["invariance"][kind]["top1_stacked"],
-            "beats_50ms": figures["alignment"][kind]["transposed"]["50ms"],
-            "beats_100ms": figures["alignment"][kind]["transposed"]["100ms"],
-            "beats_250ms": figures["alignment"][kind]["transposed"]["250ms"],
-            "beats_50ms_untransposed": figures["alignment"][kind]["untransposed"]["50ms"],
-            "beats_100ms_untransposed": figures["alignment"][kind]["untransposed"]["100ms"],
-            "beats_250ms_untransposed": figures["alignment"][kind]["untransposed"]["250ms"],
+            "top1": found["top1"],
+            "top1_se": found["top1_se"],
+            "top1_stacked": found["top1_stacked"],
+            "top1_stacked_se": found["top1_stacked_se"],
+            "beats_50ms": aligned["transposed"]["50ms"],
+            "beats_50ms_se": aligned["transposed"]["50ms_se"],
+            "beats_100ms": aligned["transposed"]["100ms"],
+            "beats_100ms_se": aligned["transposed"]["100ms_se"],
+            "beats_250ms": aligned["transposed"]["250ms"],
+            "beats_250ms_se": aligned["transposed"]["250ms_se"],
+            "beats_50ms_untransposed": aligned["untransposed"]["50ms"],
+            "beats_50ms_untransposed_se": aligned["untransposed"]["50ms_se"],
+            "beats_100ms_untransposed": aligned["untransposed"]["100ms"],
+            "beats_100ms_untransposed_se": aligned["untransposed"]["100ms_se"],
+            "beats_250ms_untransposed": aligned["untransposed"]["250ms"],
+            "beats_250ms_untransposed_se": aligned["untransposed"]["250ms_se"],
         }
     assert rows["reconstruction_error"] == figures["reconstruction"]["relative_error"]
+    assert rows["reconstruction_error_se"] == figures["reconstruction"]["relative_error_se"] > 0
     assert 0 < figures["reconstruction"]["of_a_copy"] < 100
 
 
@@ -157,7 +167,7 @@ def test_table_shows_every_figure(figures):
 
 def test_reports_travel_between_processes_and_pieces_without_beats_are_no_failure(corpus, model):
     piece = heldout_pieces(corpus)[3]
-    report = pickle.loads(pickle.dumps(judge((3, piece), corpus, model, SETTINGS, 6)))
+    report = pickle.loads(pickle.dumps(judge((3, piece), corpus, model, SETTINGS)))
     original, transposed = report["samples"]["cqt"]
     assert original.shape == transposed.shape == (40, 4, tiny.CQT.n_bins)
     assert report["alignment"] == {}
@@ -182,7 +192,7 @@ def test_what_the_baseline_shifts_in_says_nothing(corpus, model):
 
 
 def test_all_features_are_judged_on_the_same_frames(corpus, model):
-    report = judge((0, heldout_pieces(corpus)[0]), corpus, model, SETTINGS, 6)
+    report = judge((0, heldout_pieces(corpus)[0]), corpus, model, SETTINGS)
     chroma_of_samples = report["samples"]["chroma"][0]
     assert np.array_equal(chroma_of_samples, report["samples"]["chroma_best_shift"][0])
     # the strongest bin of a frame and its pitch class agree
@@ -340,9 +350,18 @@ def test_reconstruction_is_from_the_mapping_of_the_untransposed():
 
 
 def test_reconstruction_figures_are_means_over_the_pieces(figures, corpus, model):
-    reports = [judge(item, corpus, model, SETTINGS, PARAMS.train.shift) for item in enumerate(heldout_pieces(corpus))]
+    reports = [judge(item, corpus, model, SETTINGS) for item in enumerate(heldout_pieces(corpus))]
     for name, part in (("relative_error", "reconstruction"), ("of_a_copy", "copy")):
         assert figures["reconstruction"][name] == pytest.approx(100 * np.mean([report[part] for report in reports]), abs=0.01)
+
+
+def test_frames_are_rebuilt_as_far_away_however_training_transposed(figures, corpus, model, tmp_path, capsys):
+    for number, params in enumerate(
+        [PARAMS.model_copy(update={"train": Train(shift=30)}), Params(evaluate=SETTINGS.model_copy(update={"shift": 12}))]
+    ):
+        evaluate(by(model, params), corpus, *places(tmp_path, str(number)))
+    same, further = (read_json(tmp_path / f"{number}.json")["reconstruction"]["relative_error"] for number in (0, 1))
+    assert same == figures["reconstruction"]["relative_error"] != further
 
 
 def test_the_baseline_is_shifted_back_by_bins(corpus):
@@ -352,7 +371,7 @@ def test_the_baseline_is_shifted_back_by_bins(corpus):
 
 
 def test_a_context_ends_with_the_frame_itself(corpus, model):
-    samples = judge((0, heldout_pieces(corpus)[0]), corpus, model, SETTINGS, 6)["samples"]
+    samples = judge((0, heldout_pieces(corpus)[0]), corpus, model, SETTINGS)["samples"]
     for context, rows in (("cqt_context", "cqt_shifted_back"), ("chroma_context", "chroma")):
         for whole, now in zip(samples[context], samples[rows], strict=True):
             assert whole.shape[-1] == (1 + tiny.SIZES.context) * now.shape[-1]
