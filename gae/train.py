@@ -120,6 +120,9 @@ class Run:
         lines, held_out = split(usable, params.train.validation)
         self.excerpts = Excerpts(shards, lines, params.model.lags, params.train, fabric.global_rank, fabric.world_size)
         self.validation = Validation(shards, held_out, params.model.reach, params.train.seed)
+        if params.train.patience and not held_out and fabric.is_global_zero:
+            why = "train.validation is 0" if not params.train.validation else "the training list has too few lines"
+            warn(f"train.patience does nothing, as no track is held out for validation: {why}")
 
         torch.manual_seed(params.train.seed)
         self.model = GatedAutoencoder(shards.cqt.n_bins, params.model)
@@ -202,10 +205,10 @@ class Run:
         if not (math.isfinite(row["loss"]) and all(weight.isfinite().all() for weight in self.model.parameters())):
             return f"the loss became NaN or infinite between steps {self.good_step} and {self.step}"
         self.history.append({"step": self.step, **row})
-        # the first step alone may have met a batch of rests; what comes after the second pause may have diverged already
-        present, first = self._weighed(row), max(map(self._weighed, self.history[:2]))
+        # the first step may have met a batch of rests, and the next may have diverged: what knows nothing is no worse than the greater
+        present, first = self._weighed(row), max(map(self._weighed, (self.history[0], self._knowing_nothing())))
         diverging = present > 3 * first
-        if diverging and len(self.history) > 8:  # a rise at the very start may pass
+        if diverging and (len(self.history) > 8 or present > 100 * first):  # a small rise at the very start may pass
             return f"the loss diverges: {present:.3g} at step {self.step}, {first:.3g} at the start"
         if not diverging:
             self.good.load_state_dict(self.average.state_dict())
@@ -217,6 +220,12 @@ class Run:
         train = self.params.train
         weights = {"reconstruction": 1.0, "contrast": contrast_weight(self.step, train), "sparsity": train.sparsity}
         return sum(weight * row.get(term, 0.0) for term, weight in weights.items())
+
+    def _knowing_nothing(self):
+        """The losses of silence in the place of every frame, and of mappings that are told apart by chance."""
+        if self.params.train.objective == "reconstruction":
+            return {"reconstruction": 1 / self.shards.cqt.n_bins}  # the mean square of a frame of norm 1
+        return {"reconstruction": 1.0, "contrast": math.log(self.params.train.contrast_frames)}
 
     def validate(self):
         """Score the averaged weights on the tracks kept for it, and keep the newest that come within a standard error of the best.

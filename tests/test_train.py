@@ -432,6 +432,13 @@ def test_patience_ends_the_run_and_the_best_weights_are_kept(shards, tmp_path, q
     assert all(np.array_equal(model.weights[name], averages[125][name]) for name in model.weights)
 
 
+@pytest.mark.parametrize(("validation", "why"), [(0, "train.validation is 0"), (0.5, "the training list has too few lines")])
+def test_patience_without_validation_is_warned_of(shards, tmp_path, quiet, capsys, monkeypatch, validation, why):
+    monkeypatch.setattr(module, "split", lambda lines, share: (lines, []))
+    learn(recipe(patience=1, steps=50, validation=validation), shards, tmp_path)
+    assert f"train.patience does nothing, as no track is held out for validation: {why}" in capsys.readouterr().err
+
+
 def test_without_patience_all_steps_are_done_and_the_best_weights_are_kept(shards, tmp_path, quiet, monkeypatch):
     scores(monkeypatch, [0.2, 0.5, 0.4, 0.3])
     averages = watch_average(monkeypatch)
@@ -581,6 +588,16 @@ def rising(measured):
 def test_a_loss_that_rises_soon_after_the_start_diverges(shards, tmp_path, quiet, rising):
     with pytest.raises(TrainingError, match="the loss diverges"):
         learn(recipe(steps=300), shards, tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
+@pytest.mark.parametrize(("factor", "until", "stopped"), [(1000, 25, 25), (20, 1000, 200)])
+def test_a_loss_that_rises_within_the_first_steps_diverges(shards, tmp_path, quiet, measured, objective, factor, until, stopped):
+    """What has risen by the second look is no measure of what follows, even if it falls again."""
+    measured(lambda step, terms: scaled(terms, factor if 1 < step <= until else 1))
+    with pytest.raises(TrainingError, match=rf"the loss diverges: .* at step {stopped}, .* at the start; weights from before"):
+        learn(recipe(steps=300, objective=objective), shards, tmp_path)
+    assert load_model(tmp_path / "gae.safetensors").facts["step"] == 1
 
 
 def test_the_last_good_weights_outlast_another_try(shards, tmp_path, quiet, rising):
