@@ -7,6 +7,7 @@ import importlib.util
 import re
 import warnings
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,34 @@ def _parse(path):
         score = score.mergeScores()
     if any(i.transposition and i.transposition.semitones % 12 for i in score.recurse().getElementsByClass("Instrument")):
         raise Unplayable("is written for transposing instruments")
+    _begin_together(list(score.parts))
     return score
+
+
+def _begin_together(parts):
+    """Move the measures of a score's parts so that the first of all begin together, and the second, and so on.
+
+    Encoders let a measure be too long, by two whole rests for one, or too short: all that follows in its part is then late or
+    early. It lasts as long as in the part where it is shortest, or as the notes of any.
+    """
+    measures = [list(part.getElementsByClass("Measure")) for part in parts]
+    if all(len({measure.offset for measure in together}) == 1 for together in zip(*measures, strict=False)):
+        return
+    lengths, start = list(map(_lengths, measures)), 0.0
+    for number in range(max(map(len, measures))):
+        there = [n for n, own in enumerate(measures) if number < len(own)]
+        for n in there:
+            parts[n].setElementOffset(measures[n][number], start)
+        notes = [note for n in there for note in measures[n][number].flatten().notes]
+        start += max([min(lengths[n][number] for n in there), *(note.offset + note.quarterLength for note in notes)])
+
+
+def _lengths(measures):
+    """The time from each measure of a part to the next, in quarter notes."""
+    if not measures:
+        return []
+    end = measures[-1].offset + measures[-1].duration.quarterLength
+    return [after - before for before, after in pairwise([*(measure.offset for measure in measures), end])]
 
 
 def _notes(part, number):
@@ -212,7 +240,7 @@ def _notes(part, number):
                 continue
             pitch, tie = note.pitch.midi, note.tie.type if note.tie else None
             before = tied.pop(pitch, None)
-            if before is not None and tie in ("stop", "continue") and abs(sum(notes[before][:2]) - onset) < 1e-3:
+            if before is not None and abs(sum(notes[before][:2]) - onset) < 1e-3:  # not all encoders say where a tie ends
                 notes[before] = (notes[before][0], onset + length - notes[before][0], number, pitch)
             else:
                 before = len(notes)
@@ -225,11 +253,12 @@ def _notes(part, number):
 def _beats(part):
     """Offsets of the beats of a part's measures, as the time signatures count them, in quarter notes: float64 (n,)."""
     beats, step = [np.zeros(0)], 1.0
-    for measure in part.getElementsByClass("Measure"):
+    measures = list(part.getElementsByClass("Measure"))
+    for measure, length in zip(measures, _lengths(measures), strict=True):
         if measure.timeSignature is not None:
             step = float(measure.timeSignature.beatDuration.quarterLength)
         upbeat = -float(measure.paddingLeft) % step
-        beats.append(float(measure.offset) + np.arange(upbeat, float(measure.duration.quarterLength) - 1e-3, step))
+        beats.append(float(measure.offset) + np.arange(upbeat, float(length) - 1e-3, step))
     return np.concatenate(beats)
 
 

@@ -146,7 +146,8 @@ def _under_pedal(notes, played, rng):
     span = float(rng.choice([1, 2, 2, 4]))
     number = np.floor(notes["onset"] / span + 1e-6).astype(int)
     down = rng.random(number.max() + 1) < 0.85
-    lifted = played.times(np.ceil(played.quarters_at(played.ends) / span - 1e-6) * span) + rng.uniform(0.02, 0.12)
+    lag = rng.uniform(0.02, 0.12)
+    lifted = played.times(np.ceil(played.quarters_at(played.ends - lag) / span - 1e-6) * span) + lag
     lifted = np.minimum(lifted, played.ends.max())  # views are equally long
     return np.where(down[number], np.maximum(played.ends, lifted), played.ends)
 

@@ -3,10 +3,12 @@
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
+from music21 import note, stream, tie
 
 from gae import corpus, params, scores, synthesis
 from gae.errors import GaeError, ParamsError
@@ -117,6 +119,16 @@ def test_a_human_performance_is_heard_when_it_says():
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_a_change_of_pedal_ends_the_keys_that_are_let_go_just_before_it(seed):
+    notes = score_of([60, 64, 67, 72] * 20)
+    played = synthesis.perform(notes, 100, synthesis.STEADY, np.random.default_rng(0))
+    until = played.times(notes["onset"] + notes["length"])
+    overlapping = replace(played, ends=until + 0.01)  # after the beat on which the pedal is changed, and before it is
+    own = synthesis.by_hand(notes, overlapping, (0,), np.random.default_rng(seed))
+    assert (own.ends[3::4] < until[3::4] + 0.13).all()  # it is changed every one, two or four quarters
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_by_hand_onsets_stay_and_the_pedal_holds_what_decays(seed):
     notes = np.concatenate([score_of([60, 64, 67, 72] * 80, length=0.4), score_of([48, 43, 48, 36] * 80, length=0.4)])
     piano, strings = np.split(np.arange(len(notes)), 2)
@@ -204,6 +216,59 @@ def test_what_people_do_changes_neither_sounds_nor_keys(few_pieces, tmp_path):
         views = [listen(tmp_path / str(share) / f"{view}.flac") for view in (1, 2)]
         assert len(views[0]) == len(views[1]) == round(reports[share]["duration_s"] * RATE)
     assert reports[0.0]["sounds"] == reports[1.0]["sounds"] and reports[0.0]["files"] != reports[1.0]["files"]
+
+
+def voices(*parts):
+    """Parts of measures of notes, each (pitch or None for a rest, length in quarter notes, tie or None)."""
+    made = []
+    for measures in parts:
+        part = stream.Part()
+        for number, written in enumerate(measures, 1):
+            measure = stream.Measure(number=number)
+            for pitch, length, tied in written:
+                single = note.Note(pitch) if pitch else note.Rest()
+                single.quarterLength, single.tie = length, tie.Tie(tied) if tied else None
+                measure.append(single)
+            part.append(measure)
+        made.append(part)
+    return made
+
+
+def test_a_measure_that_is_too_long_or_too_short_leaves_its_part_in_step():
+    whole = [(60, 4, None)]
+    parts = voices(
+        [whole, whole, whole, whole],
+        [[(None, 4, None), (None, 4, None)], whole, [(62, 2.5, None), (64, 2, None)], whole],  # two whole rests, a length that is wrong
+        [whole, [(67, 3, None)], [(None, 4, None)], whole],
+    )
+    scores._begin_together(parts)
+    read = [[tuple(found)[:2] for found in scores._notes(part, number)] for number, part in enumerate(parts)]
+    assert read[0] == [(0, 4), (4, 4), (8, 4), (12.5, 4)]
+    assert read[1] == [(4, 4), (8, 2.5), (10.5, 2), (12.5, 4)]
+    assert read[2] == [(0, 4), (4, 3), (12.5, 4)]
+    assert scores._beats(parts[1]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 12.5, 13.5, 14.5, 15.5]
+
+
+def test_measures_that_are_in_step_stay_where_they_are():
+    parts = voices([[(60, 1, None)], [(60, 4, None)], [(60, 3, None)]], [[(48, 1, None)], [(None, 4, None)], [(48, 3, None)]])
+    scores._begin_together(parts)
+    assert [[measure.offset for measure in part] for part in parts] == [[0, 1, 5]] * 2
+
+
+@pytest.mark.parametrize("ties", [("start", "stop"), ("start", None)])
+def test_tied_notes_are_one_however_their_end_is_encoded(ties):
+    (part,) = voices(
+        [[(60, 2, None), (62, 2, ties[0])], [(62, 2, ties[1]), (62, 2, None)], [(62, 4, "start"), (64, 4, None), (62, 4, None)]]
+    )
+    read = [tuple(found) for found in scores._notes(part, 0)]
+    assert read == [(0, 2, 0, 60), (2, 4, 0, 62), (6, 2, 0, 62), (8, 4, 0, 62), (12, 4, 0, 64), (16, 4, 0, 62)]
+
+
+def test_voices_of_a_madrigal_that_is_encoded_with_double_rests_end_together():
+    piece = next(piece for piece in scores.catalogue() if piece.id == "monteverdi-madrigal.5.2")
+    notes = scores.read_score(piece).notes
+    ends = [(own["onset"] + own["length"]).max() for own in (notes[notes["part"] == part] for part in range(6))]
+    assert ends == [276.0] * 6  # 69 measures of four quarters
 
 
 def test_a_score_is_read_as_written(few_pieces):
