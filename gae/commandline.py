@@ -41,11 +41,18 @@ def stage(description, reads, **paths):
     parser.add_argument("--params", default="params.yaml", metavar="FILE", help="parameters (default: %(default)s)")
     parser.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE", help="replace one parameter, as in dvc exp run")
     for name, default in paths.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, metavar="PATH", help="default: %(default)s")
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, type=_written, metavar="PATH", help="default: %(default)s")
     given = parser.parse_args()
     with one_line_errors(parser.prog):
         values = params.load(given.params, given.set)
         yield values, SimpleNamespace(**{name: Path(getattr(given, name)) for name in paths})
+
+
+def _written(path):
+    """The path of an option, unless it is empty, as of a variable of the shell that is not set."""
+    if not path:
+        raise argparse.ArgumentTypeError("an empty path; write one, or leave the option out")
+    return path
 
 
 @contextmanager

@@ -8,6 +8,7 @@ object store.
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -208,7 +209,12 @@ def _dask_client(compute, workers):
             from dask_jobqueue import SLURMCluster
         except ImportError:
             raise GaeError("compute.cluster: dask-jobqueue is not installed; `pip install dask-jobqueue`") from None
-        cluster = SLURMCluster()  # cores, memory, queue: from Dask's own configuration, see docs/scale.md
+        if not shutil.which("sbatch"):
+            raise GaeError("compute.cluster: no sbatch on this machine; run this where SLURM takes jobs, or set it to none")
+        try:
+            cluster = SLURMCluster()  # cores, memory, queue: from Dask's own configuration
+        except ValueError as error:
+            raise GaeError(f"compute.cluster: {reason(error)} Write it into ~/.config/dask/jobqueue.yaml: docs/scale.md") from None
         cluster.scale(jobs=workers)
     else:
         cluster = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)

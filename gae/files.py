@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and the hash that names their content."""
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -30,6 +31,8 @@ def replacing(path, durable=True):
         Where to write. On an exception it is removed and `path` stays as it was; an `OSError` then names `path`.
     """
     path = Path(path)
+    if not path.name:  # "." or nothing at all
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:

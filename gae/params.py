@@ -41,7 +41,7 @@ class Section(BaseModel):
 class Corpus(Section):
     """The built-in demo music."""
 
-    hours: float = Field(1.0, gt=0, le=100, description="music for training, in hours, each hour in every view")
+    hours: float = Field(1.0, ge=0.001, le=100, description="music for training, in hours, each hour in every view")
     views: int = Field(3, ge=2, le=8, description="sounds in which a training piece is rendered; data/train.txt names three")
     view_transposition: int = Field(6, ge=0, le=12, description="views but the first are transposed by up to this, in semitones")
     human: float = Field(
@@ -79,7 +79,7 @@ class Cqt(Section):
     n_bins: int = Field(120, ge=2, le=2000, description="number of bins")
     bins_per_octave: int = Field(24, ge=1, le=240, description="bins an octave")
     compression: Literal["log", "none"] = Field("log", description="of the magnitudes c: log(1 + gain c / max c), or none")
-    gain: float = Field(1000.0, gt=0, le=1e6, description="gain of the logarithm, relative to the track's largest magnitude")
+    gain: float = Field(1000.0, ge=0.01, le=1e6, description="gain of the logarithm, relative to the track's largest magnitude")
 
     @property
     def frame_seconds(self):
@@ -184,7 +184,9 @@ class Train(Section):
     contrast: float = Field(0.016, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
     contrast_kept: float = Field(1.0, gt=0, le=1, description="share of train.contrast left at the last step, falling geometrically")
     temperature: float = Field(0.05, ge=0.02, le=10, description="temperature of the contrastive term")
-    contrast_frames: int = Field(1024, ge=2, le=1_000_000, description="frames that are contrasted with each other, in groups of this size")
+    contrast_frames: int = Field(
+        1024, ge=2, le=1_000_000, description="frames contrasted with each other, about: from one of each excerpt to all of a step"
+    )
     view_share: float = Field(0.5, ge=0, le=1, description="share of the excerpts whose positives come from another view")
     stretch: float = Field(0.25, ge=0, le=0.5, description="largest change of tempo of a context whose positives come from another view")
     equaliser: float = Field(
@@ -229,7 +231,7 @@ class Evaluate(Section):
 
     frames: int = Field(100, ge=1, le=100_000, description="random frames a track")
     stack: int = Field(8, ge=1, le=1000, description="successive frames in the stacked comparison")
-    alignment_hop: float = Field(0.04, gt=0, le=1, description="time between the frames of an alignment, in s")
+    alignment_hop: float = Field(0.04, gt=0, le=1, description="time between the frames of an alignment, in s; a frame at least")
     shift: int = Field(12, ge=0, le=1000, description="largest transposition of frames that are rebuilt, in bins")
     bootstrap: int = Field(1000, ge=2, le=100_000, description="resamplings of the tracks for the errors of estimation")
     seed: int = Field(1, ge=0, lt=2**32, description="seed of the random frames and resamplings")
@@ -261,6 +263,8 @@ class Compute(Section):
     @field_validator("staging")
     @classmethod
     def _at_home(cls, staging):
+        if "\0" in staging or re.fullmatch(r"[a-z0-9]+:/*", staging):
+            raise ValueError("compute.staging: names no folder; write a path, or a URL with its bucket: s3://bucket/staging")
         return os.path.expanduser(staging)
 
     checkpoint_seconds: float = Field(

@@ -309,7 +309,7 @@ def note_ticks(cqt):
     inside = (bins >= -0.5) & (bins <= cqt.n_bins - 0.5)
     steps = (12, 3, 1) if inside.sum() > 13 else (12, 1)
     chosen = next(some for step in steps if (some := inside & (midi % step == 0)).sum() > 1 or step == 1)
-    return bins[chosen], librosa.midi_to_note(midi[chosen]).tolist()
+    return bins[chosen], [librosa.midi_to_note(number) for number in midi[chosen]]
 
 
 def excerpt_length(plot, cqt):

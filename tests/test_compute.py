@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dask
+import dask_jobqueue  # noqa: F401  its defaults would go with what a test sets for a while, if that came first
 import pytest
 
 from gae import compute as computing
@@ -116,6 +117,16 @@ def test_a_cluster_is_started_through_slurm(tmp_path, monkeypatch):
         reports = map_tracks(slow_copy, [1, 2, 3], Compute(cluster="slurm", workers=2), "slurm", (str(tmp_path),))
     assert [item for item, _ in reports] == [1, 2, 3] and os.getpid() not in {pid for _, pid in reports}
     assert len(jobs.read_text().split()) == 2
+
+
+def test_slurm_without_its_commands_or_the_size_of_a_job_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(GaeError, match=r"no sbatch on this machine"):
+        map_tracks(slow_copy, [1], Compute(cluster="slurm", workers=1), "slurm", (str(tmp_path),))
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    with pytest.raises(GaeError, match=r"cores.*jobqueue\.yaml: docs/scale\.md"):
+        map_tracks(slow_copy, [1], Compute(cluster="slurm", workers=1), "slurm", (str(tmp_path),))
 
 
 BUSY = """

@@ -55,6 +55,12 @@ def test_what_writes_nothing_is_an_error(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("path", ["", "."])
+def test_a_path_without_a_name_is_no_file(path):
+    with pytest.raises(IsADirectoryError), replacing(path):
+        raise AssertionError("has begun")
+
+
 def test_a_disk_that_fails_is_told_of_the_file_that_the_user_knows(tmp_path):
     path = tmp_path / "file"
     with pytest.raises(OSError) as full, replacing(path):

@@ -79,6 +79,10 @@ def test_what_is_read_cannot_be_changed(load):
         ("data: {train_list: 3}", "data.train_list", "a text"),
         ("data: {train_list: ''}", "data.train_list", "length >= 1"),
         ("compute: {scheduler: nonsense}", "compute.scheduler", "of the form"),
+        ("compute: {staging: 's3://'}", "compute.staging", "s3://bucket/staging"),
+        ('compute: {staging: "a\\0b"}', "compute.staging", "write a path"),
+        ("corpus: {hours: 0.0001}", "corpus.hours", ">= 0.001"),
+        ("cqt: {gain: 1.0e-9}", "cqt.gain", ">= 0.01"),
         ("cqt: {fmin: 0}", "cqt.fmin", "a number >= 1"),
         ("cqt: {fmin: 400}", "cqt.fmin", "below half of cqt.sample_rate, 11025 Hz"),
         ("cqt: {fmin: 1.0, bins_per_octave: 240}", "cqt.fmin", "up to 1048576; raise the first or lower the others"),
@@ -285,6 +289,13 @@ def test_a_stage_prints_what_the_terminal_can_show(monkeypatch):
     with stage("A stage.", reads=["plot"]):
         print("90.1 ± 2.0", flush=True)
     assert shown.getvalue() == b"90.1 ? 2.0\n"
+
+
+def test_an_empty_path_is_refused_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stage", "--out", ""])
+    with pytest.raises(SystemExit), stage("A stage.", reads=["plot"], out="data/out"):
+        raise AssertionError("has begun")
+    assert "argument --out: an empty path; write one" in capsys.readouterr().err
 
 
 def test_an_override_changes_one_section_though_an_alias_makes_them_the_same(tmp_path):

@@ -250,6 +250,11 @@ def test_notes_of_one_octave_or_two_are_a_dozen_at_most(fmin, n_bins):
     assert 2 <= len(names) <= 13 and len(names) == len(bins)
 
 
+def test_a_range_between_two_notes_has_none():
+    bins, names = note_ticks(Cqt(fmin=112.0, n_bins=2, bins_per_octave=240))
+    assert len(bins) == len(names) == 0
+
+
 def test_a_reconstruction_says_how_far_it_is_moved(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(pictures, "draw_reconstruction", lambda frames, target, rebuilt, bins, *more: said.append((bins, target.any())))
