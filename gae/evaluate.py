@@ -186,7 +186,7 @@ def judge(item, corpus, model, settings):
         _represent(heldout_file(corpus, piece, take), model, semitones)
         for take, semitones in (("original", 0), ("transposed", k), ("performance", 0))
     )
-    rng = np.random.default_rng([settings.seed, number])
+    rng, apart = (np.random.default_rng([settings.seed, number, *own]) for own in ([], [1]))  # evaluate.frames moves no transposition
     starts = _draw(min(len(original["cqt"]), len(transposed["cqt"])), settings, rng, piece)
     lags = {name: [*model.sizes.lags, 0] if kind.context else [0] for name, kind in KINDS.items()}
     return {
@@ -200,7 +200,7 @@ def judge(item, corpus, model, settings):
             for key, score in (("transposed", transposed), ("untransposed", original))
             if piece["beats"]["score"]
         },
-        "reconstruction": reconstruction_error(original["cqt"], model.network, settings.shift, rng),
+        "reconstruction": reconstruction_error(original["cqt"], model.network, settings.shift, apart),
         "copy": copy_error(original["cqt"]),
     }
 
@@ -215,7 +215,7 @@ def reconstruction_error(frames, network, shift, rng):
     frames : ndarray of float32, shape (n_frames, n_bins)
     network : GatedAutoencoder
     shift : int
-        S is drawn anew for every 512 frames, from -shift to shift bins.
+        S is drawn anew for every 512 frames, from -shift to shift bins; never so far that nothing is left of a frame.
     rng : numpy.random.Generator
 
     Returns
@@ -226,7 +226,7 @@ def reconstruction_error(frames, network, shift, rng):
     import torch  # not above: it takes a second, and the processes that import this module need not
 
     x = with_past(frames, network.sizes.reach)[:-1]
-    error = power = 0.0
+    error, power, shift = 0.0, 0.0, min(shift, frames.shape[1] - 1)
     for start in range(0, len(frames), _EXCERPT):
         y = frames[start : start + _EXCERPT]
         before = x[start : start + len(y) + network.sizes.reach - 1]

@@ -7,7 +7,7 @@ from gae.evaluate import evaluate
 if __name__ == "__main__":
     with stage(
         __doc__,
-        reads=["evaluate", "convert.weights", "train.shift", "compute"],
+        reads=["evaluate", "convert.weights", "compute"],
         corpus="data/corpus",
         out="evaluation.json",
         metrics="metrics.json",

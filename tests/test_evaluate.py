@@ -364,6 +364,16 @@ def test_frames_are_rebuilt_as_far_away_however_training_transposed(figures, cor
     assert same == figures["reconstruction"]["relative_error"] != further
 
 
+def test_nor_whatever_frames_are_looked_for(figures, corpus, model, tmp_path, capsys):
+    evaluate(by(model, Params(evaluate=SETTINGS.model_copy(update={"frames": 11, "stack": 2}))), corpus, *places(tmp_path, "few"))
+    assert read_json(tmp_path / "few.json")["reconstruction"] == figures["reconstruction"]
+
+
+def test_something_is_left_of_frames_however_far_they_may_be_moved():
+    rng, network = np.random.default_rng(0), tiny.model().network
+    assert reconstruction_error(tiny.frames(40 * 512), network, 10_000, rng) > 0.01
+
+
 def test_the_baseline_is_shifted_back_by_bins(corpus):
     path = judging.heldout_file(corpus, heldout_pieces(corpus)[0], "transposed")
     kinds = judging._represent(path, tiny.model(cqt=tiny.CQT.model_copy(update={"bins_per_octave": 24})), 2)
