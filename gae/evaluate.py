@@ -186,7 +186,8 @@ def judge(item, corpus, model, settings):
         _represent(heldout_file(corpus, piece, take), model, semitones)
         for take, semitones in (("original", 0), ("transposed", k), ("performance", 0))
     )
-    rng, apart = (np.random.default_rng([settings.seed, number, *own]) for own in ([], [1]))  # evaluate.frames moves no transposition
+    rng = np.random.default_rng([settings.seed, number])
+    apart = np.random.default_rng([settings.seed, number, 1])  # lest the number of frames to find change the error
     starts = _draw(min(len(original["cqt"]), len(transposed["cqt"])), settings, rng, piece)
     lags = {name: [*model.sizes.lags, 0] if kind.context else [0] for name, kind in KINDS.items()}
     return {

@@ -188,7 +188,7 @@ class Run:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # the GPU's, the processor's
                 raise
-            sizes = f"train.batch ({train.batch}) or train.contrast_frames ({train.contrast_frames})"
+            sizes = f"train.batch ({train.batch}) or train.contrast_frames ({train.contrast_frames}), or the sizes of model"
             raise TrainingError(f"memory does not hold a step; lower {sizes}") from None
         return terms
 
@@ -205,10 +205,10 @@ class Run:
         if not (math.isfinite(row["loss"]) and all(weight.isfinite().all() for weight in self.model.parameters())):
             return f"the loss became NaN or infinite between steps {self.good_step} and {self.step}"
         self.history.append({"step": self.step, **row})
-        # the first step may have met a batch of rests, and the next may have diverged: what knows nothing is no worse than the greater
+        # the first step may have met a batch of rests, and those after it may have diverged: beside it stands what takes no learning
         present, first = self._weighed(row), max(map(self._weighed, (self.history[0], self._knowing_nothing())))
         diverging = present > 3 * first
-        if diverging and (len(self.history) > 8 or present > 100 * first):  # a small rise at the very start may pass
+        if diverging and (len(self.history) > 8 or self.ended or present > 100 * first):  # a small rise at the very start may pass
             return f"the loss diverges: {present:.3g} at step {self.step}, {first:.3g} at the start"
         if not diverging:
             self.good.load_state_dict(self.average.state_dict())

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from gae import pictures
 from gae.files import remove_own, replacing, sweep, write_json
 
-_DRAWINGS = r"(\w+-\d{7}|loss)\.png"  # names of drawings of the network and of the losses
+_DRAWINGS = r"(\w+-\d{7,}|loss)\.png"  # names of drawings of the network and of the losses
 
 
 class View:

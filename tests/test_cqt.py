@@ -138,6 +138,16 @@ def test_silence_is_zero(compression):
     assert np.allclose(np.linalg.norm(made[(times < 1.9) | (times > 10.1)], axis=1), 1, atol=1e-5)
 
 
+def test_silence_ends_no_more_than_so_long_before_an_onset():
+    """0.37 s, as the README says: half of the longest window."""
+    rate = DEFAULT.sample_rate
+    times = np.arange(2 * rate) / rate
+    loud = np.where(times < 1, 0, sum(np.sin(2 * np.pi * n * 110 * times) / n for n in range(1, 20))).astype(np.float32)
+    heard = frames(loud, DEFAULT).any(axis=1)
+    first = frame_times(len(heard), DEFAULT)[heard.argmax()]
+    assert 0.25 < 1 - first <= 0.372
+
+
 def test_a_quiet_passage_is_no_silence():
     music = noise(2 * 8000)
     made = frames(np.concatenate([music, music / 1000]), CQT)

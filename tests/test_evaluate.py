@@ -123,24 +123,11 @@ def test_one_table_sets_all_measures_beside_the_baselines(figures):
     rows = comparison(figures)
     for kind in KINDS:
         found, aligned = figures["invariance"][kind], figures["alignment"][kind]
-        assert rows[kind] == {
-            "top1": found["top1"],
-            "top1_se": found["top1_se"],
-            "top1_stacked": found["top1_stacked"],
-            "top1_stacked_se": found["top1_stacked_se"],
-            "beats_50ms": aligned["transposed"]["50ms"],
-            "beats_50ms_se": aligned["transposed"]["50ms_se"],
-            "beats_100ms": aligned["transposed"]["100ms"],
-            "beats_100ms_se": aligned["transposed"]["100ms_se"],
-            "beats_250ms": aligned["transposed"]["250ms"],
-            "beats_250ms_se": aligned["transposed"]["250ms_se"],
-            "beats_50ms_untransposed": aligned["untransposed"]["50ms"],
-            "beats_50ms_untransposed_se": aligned["untransposed"]["50ms_se"],
-            "beats_100ms_untransposed": aligned["untransposed"]["100ms"],
-            "beats_100ms_untransposed_se": aligned["untransposed"]["100ms_se"],
-            "beats_250ms_untransposed": aligned["untransposed"]["250ms"],
-            "beats_250ms_untransposed_se": aligned["untransposed"]["250ms_se"],
-        }
+        places = {"top1": (found, "top1"), "top1_stacked": (found, "top1_stacked")}
+        for span in ("50ms", "100ms", "250ms"):
+            places |= {f"beats_{span}": (aligned["transposed"], span), f"beats_{span}_untransposed": (aligned["untransposed"], span)}
+        errors = {f"{name}_se": (group, f"{figure}_se") for name, (group, figure) in places.items()}
+        assert rows[kind] == {name: group[figure] for name, (group, figure) in (places | errors).items()}
     assert rows["reconstruction_error"] == figures["reconstruction"]["relative_error"]
     assert rows["reconstruction_error_se"] == figures["reconstruction"]["relative_error_se"] > 0
     assert 0 < figures["reconstruction"]["of_a_copy"] < 100

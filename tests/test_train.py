@@ -590,6 +590,13 @@ def test_a_loss_that_rises_soon_after_the_start_diverges(shards, tmp_path, quiet
         learn(recipe(steps=300), shards, tmp_path)
 
 
+def test_a_training_too_short_for_a_rise_to_pass_is_no_success(shards, tmp_path, quiet, measured):
+    measured(lambda step, terms: scaled(terms, 20 if step > 25 else 1))
+    with pytest.raises(TrainingError, match=r"the loss diverges: .* at step 60, .* at the start; weights from before"):
+        learn(recipe(steps=60), shards, tmp_path)
+    assert load_model(tmp_path / "gae.safetensors").facts["step"] == 25
+
+
 @pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
 @pytest.mark.parametrize(("factor", "until", "stopped"), [(1000, 25, 25), (20, 1000, 200)])
 def test_a_loss_that_rises_within_the_first_steps_diverges(shards, tmp_path, quiet, measured, objective, factor, until, stopped):
@@ -614,7 +621,7 @@ def test_a_step_too_large_for_memory_says_what_to_lower(shards, tmp_path, quiet,
         torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr(module.Objective, "forward", full)
-    with pytest.raises(TrainingError, match=r"lower train\.batch \(4\) or train\.contrast_frames \(24\)"):
+    with pytest.raises(TrainingError, match=r"lower train\.batch \(4\) or train\.contrast_frames \(24\), or the sizes of model"):
         learn(recipe(), shards, tmp_path)
 
 
