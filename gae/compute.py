@@ -11,6 +11,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import tempfile
 import threading
 from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -205,21 +207,41 @@ def _dask_client(compute, workers):
             yield client
         return
     if compute.cluster == "slurm":
-        try:
-            from dask_jobqueue import SLURMCluster
-        except ImportError:
-            raise GaeError("compute.cluster: dask-jobqueue is not installed; `pip install dask-jobqueue`") from None
-        if not shutil.which("sbatch"):
-            raise GaeError("compute.cluster: no sbatch on this machine; run this where SLURM takes jobs, or set it to none")
-        try:
-            cluster = SLURMCluster()  # cores, memory, queue: from Dask's own configuration
-        except ValueError as error:
-            raise GaeError(f"compute.cluster: {reason(error)} Write it into ~/.config/dask/jobqueue.yaml: docs/scale.md") from None
-        cluster.scale(jobs=workers)
+        starting = _slurm_cluster(workers)
     else:
-        cluster = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
-    with cluster, distributed.Client(cluster) as client:
+        starting = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+    with starting as cluster, distributed.Client(cluster) as client:
         yield client
+
+
+@contextmanager
+def _slurm_cluster(jobs):
+    """A Dask cluster whose workers are jobs of SLURM; their cores, memory and queue stand in Dask's own configuration."""
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError:
+        raise GaeError("compute.cluster: dask-jobqueue is not installed; `pip install dask-jobqueue`") from None
+    if not shutil.which("sbatch"):
+        raise GaeError("compute.cluster: no sbatch on this machine; run this where SLURM takes jobs, or set it to none")
+    try:
+        cluster = SLURMCluster()
+    except ValueError as error:
+        raise GaeError(f"compute.cluster: {reason(error)} Write it into ~/.config/dask/jobqueue.yaml: docs/scale.md") from None
+    with cluster:
+        _taken_by_slurm(cluster.job_script())
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # not scale: a job that reaches its time limit is followed by another
+        yield cluster
+
+
+def _taken_by_slurm(job):
+    """Have SLURM look at a job before it is submitted: Dask would wait for ever for workers of one that is refused."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
+        script.write(job)
+        script.flush()
+        tried = subprocess.run(["sbatch", "--test-only", script.name], capture_output=True, text=True)
+    if tried.returncode:
+        said = reason(tried.stderr)
+        raise GaeError(f"compute.cluster: SLURM takes no such job ({said}); change it in ~/.config/dask/jobqueue.yaml: docs/scale.md")
 
 
 def _begin():

@@ -31,6 +31,14 @@ def die(_):
     os.kill(os.getpid(), 9)
 
 
+def end_first_job(item, jobs):
+    """A unit of work in whose midst the first of the listed jobs ends."""
+    first, *others = Path(jobs).read_text().split()
+    if not others:
+        os.killpg(int(first), signal.SIGKILL)
+    return item
+
+
 def test_a_cluster_that_loses_a_worker_gives_what_processes_give(cluster, tmp_path):
     address, workers = cluster
     here, there = tmp_path / "here", tmp_path / "there"
@@ -102,21 +110,33 @@ def test_a_cluster_of_this_machine_gives_what_processes_give(tmp_path):
     assert [item for item, _ in reports] == [1, 2, 3] and os.getpid() not in {pid for _, pid in reports}
 
 
-def test_a_cluster_is_started_through_slurm(tmp_path, monkeypatch):
-    """SLURM's commands are played: a job runs here, in a session of its own."""
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """SLURM's commands, played: a job runs here, in a session of its own. Gives the file that lists the jobs."""
     jobs = tmp_path / "jobs"
     # the script of a job is gone as soon as it is submitted
     submit = f'job=$(mktemp -p {tmp_path}); cp "$1" $job; setsid sh $job > $job.out 2>&1 & echo $! | tee -a {jobs}'
-    for name, script in {"sbatch": submit, "scancel": 'kill -- "-$1"'}.items():
+    for name, script in {"sbatch": f'[ "$1" = --test-only ] && exit; {submit}', "scancel": 'kill -- "-$1"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    slurm = {"cores": 1, "memory": "1GB", "processes": 1, "local-directory": str(tmp_path), "log-directory": str(tmp_path)}
-    with dask.config.set({f"jobqueue.slurm.{key}": value for key, value in slurm.items()}):
-        reports = map_tracks(slow_copy, [1, 2, 3], Compute(cluster="slurm", workers=2), "slurm", (str(tmp_path),))
+    settings = {"cores": 1, "memory": "1GB", "processes": 1, "local-directory": str(tmp_path), "log-directory": str(tmp_path)}
+    with dask.config.set({f"jobqueue.slurm.{key}": value for key, value in settings.items()}):
+        yield jobs
+
+
+def test_a_cluster_is_started_through_slurm(slurm, tmp_path):
+    reports = map_tracks(slow_copy, [1, 2, 3], Compute(cluster="slurm", workers=2), "slurm", (str(tmp_path),))
     assert [item for item, _ in reports] == [1, 2, 3] and os.getpid() not in {pid for _, pid in reports}
-    assert len(jobs.read_text().split()) == 2
+    assert len(slurm.read_text().split()) == 2
+
+
+def test_a_job_that_slurm_ends_is_followed_by_another(slurm, tmp_path):
+    """As at its time limit, with all that runs in it."""
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"}):
+        reports = map_tracks(end_first_job, [1, 2], Compute(cluster="slurm", workers=1), "slurm", (str(slurm),))
+    assert reports == [1, 2] and len(slurm.read_text().split()) == 2
 
 
 def test_slurm_without_its_commands_or_the_size_of_a_job_is_one_line(tmp_path, monkeypatch):
@@ -125,7 +145,20 @@ def test_slurm_without_its_commands_or_the_size_of_a_job_is_one_line(tmp_path, m
         map_tracks(slow_copy, [1], Compute(cluster="slurm", workers=1), "slurm", (str(tmp_path),))
     (tmp_path / "sbatch").write_text("#!/bin/sh\n")
     (tmp_path / "sbatch").chmod(0o755)
-    with pytest.raises(GaeError, match=r"cores.*jobqueue\.yaml: docs/scale\.md"):
+    sizes = {"jobqueue.slurm.cores": None}  # whatever this machine's configuration has
+    with dask.config.set(sizes), pytest.raises(GaeError, match=r"cores.*jobqueue\.yaml: docs/scale\.md"):
+        map_tracks(slow_copy, [1], Compute(cluster="slurm", workers=1), "slurm", (str(tmp_path),))
+
+
+def test_a_job_that_slurm_refuses_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text(
+        "#!/bin/sh\ngrep -q -- --mem=63G $2 && echo 'sbatch: error: Memory can not be\nsatisfied' >&2\nexit 1\n"
+    )
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    refused = r"SLURM takes no such job \(sbatch: error: Memory can not be satisfied\); change it in .*jobqueue\.yaml"
+    settings = {**dask.config.get("jobqueue.slurm"), "cores": 1, "memory": "63GiB"}
+    with dask.config.set({"jobqueue.slurm": settings}), pytest.raises(GaeError, match=refused):
         map_tracks(slow_copy, [1], Compute(cluster="slurm", workers=1), "slurm", (str(tmp_path),))
 
 
