@@ -1,5 +1,6 @@
 """The listed audio to frames, each content once, kept between runs."""
 
+import os
 import re
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -10,7 +11,7 @@ import numpy as np
 from gae import audio, shards, storage
 from gae.compute import by_place, map_tracks
 from gae.cqt import analyse
-from gae.errors import AudioError, FormatError, ListError, StorageError, warn
+from gae.errors import AudioError, FormatError, GaeError, ListError, StorageError, warn
 from gae.files import PACKAGES, code_digest, content_hash, digest, remove_own, sweep
 from gae.index import read_index
 from gae.locks import alone
@@ -47,9 +48,11 @@ def preprocess(params, index, out):
     StorageError
         If what was computed does not arrive, or a storage can't be reached.
     GaeError
-        If another process uses these folders.
+        If another process uses these folders, or the staging is where the shards are.
     """
     staging = params.compute.staging
+    if os.path.realpath(staging) in [os.path.realpath(folder) for folder in (out, out / "train", out / "convert")]:
+        raise GaeError(f"compute.staging: {staging} is for the shards; name a folder of its own")
     with alone(out), nullcontext() if storage.is_url(staging) else alone(staging):
         _preprocess(params, index, out, staging)
 

@@ -1,6 +1,7 @@
 """The processes of a training, one or many, through Lightning Fabric: how they start, agree, and end with one line for all."""
 
 import logging
+import sys
 import warnings
 from contextlib import ExitStack, contextmanager
 
@@ -21,6 +22,7 @@ def launch(train):
     torch.set_float32_matmul_precision("high")
     world = train.devices * train.nodes
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # a host may have SLURM and train without
     try:
         fabric = Fabric(
             accelerator=_accelerator(train),
@@ -29,9 +31,13 @@ def launch(train):
             strategy="ddp" if world > 1 else "auto",
             precision=PRECISIONS[train.precision],
         )
+        if train.nodes > 1 and fabric.is_global_zero:
+            place = fabric.strategy.cluster_environment
+            print(f"waiting for all of {train.nodes} hosts at {place.main_address}:{place.main_port}", file=sys.stderr)
+        fabric.launch()
     except (RuntimeError, ValueError, MisconfigurationException) as error:
-        raise TrainingError(f"train.accelerator {train.accelerator}, train.devices {train.devices}: {reason(error)}") from None
-    fabric.launch()
+        asked = f"train.accelerator {train.accelerator}, train.devices {train.devices}, train.nodes {train.nodes}"
+        raise TrainingError(f"{asked}: {reason(error)}") from None
     return fabric
 
 
@@ -85,6 +91,18 @@ def from_first(fabric, action):
         with told_once(fabric):
             raise TrainingError(refusal)
     return result
+
+
+@contextmanager
+def within_memory(train):
+    """One line where memory runs out, the GPU's or the processor's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sizes = f"train.batch ({train.batch}) or train.contrast_frames ({train.contrast_frames}), or the sizes of model"
+        raise TrainingError(f"memory does not hold this training; lower {sizes}") from None
 
 
 @contextmanager

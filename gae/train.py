@@ -24,7 +24,7 @@ from gae.measures import invariance_top1, mean_and_error
 from gae.model import GatedAutoencoder, contrast, sparsity
 from gae.modelfile import save_model
 from gae.muon import Muon
-from gae.processes import alone_with, gatherer, launch, peers, settled, told_once
+from gae.processes import alone_with, gatherer, launch, peers, settled, told_once, within_memory
 from gae.shards import Shards
 from gae.view import View
 
@@ -61,7 +61,7 @@ def train(params, shards, model, metrics, curves, drawings, checkpoints):
     """
     params = params.model_copy(update={"train": settled(params.train)})
     fabric = launch(params.train)
-    with Shards(shards) as frames, alone_with(fabric, checkpoints):
+    with Shards(shards) as frames, alone_with(fabric, checkpoints), within_memory(params.train):
         with told_once(fabric):
             run = Run(fabric, params, frames, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
@@ -177,19 +177,13 @@ class Run:
 
     def _differentiate(self, batch):
         """The terms of the loss, and the gradients of the weights."""
-        train = self.params.train
         tensors = [torch.from_numpy(array).to(self.fabric.device) for array in batch]
         try:
-            terms = self.objective(*tensors, contrast_weight(self.step, train))
+            terms = self.objective(*tensors, contrast_weight(self.step, self.params.train))
             self.fabric.backward(terms["loss"])
         except torch._dynamo.exc.BackendCompilerFailed as error:  # at the first step; no public name tells it from other failures
             said = reason(str(error).strip().split("\n\n")[0])
             raise TrainingError(f"train.compile: {said}; install a C++ compiler, or set it to false") from None
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # the GPU's, the processor's
-                raise
-            sizes = f"train.batch ({train.batch}) or train.contrast_frames ({train.contrast_frames}), or the sizes of model"
-            raise TrainingError(f"memory does not hold a step; lower {sizes}") from None
         return terms
 
     def _forget_gradients(self):

@@ -372,6 +372,15 @@ def test_frames_of_other_code_are_computed_again(folder, computed, monkeypatch):
     assert len(computed) == 6 and content() == fresh() != before
 
 
+@pytest.mark.parametrize("place", ["shards", "./shards/", "music/../shards/train"])
+def test_the_shards_are_no_place_to_wait_for_them(folder, computed, place):
+    index()
+    settings = params.validate({**values().model_dump(), "compute": {"workers": 1, "staging": place}})
+    with pytest.raises(GaeError, match="is for the shards; name a folder of its own"):
+        preprocess(settings, Path("index.json"), Path("shards"))
+    assert not Path("shards").exists()
+
+
 def test_a_second_run_beside_the_first_is_refused_wherever_it_writes(folder, computed):
     """It would clear up what waits for the other's shards."""
     with alone("staging"), pytest.raises(GaeError, match="staging: another run is writing here"):

@@ -616,11 +616,14 @@ def test_the_last_good_weights_outlast_another_try(shards, tmp_path, quiet, risi
     assert found[0] == found[1] and load_model(tmp_path / "gae.safetensors").facts["step"] == 50
 
 
-def test_a_step_too_large_for_memory_says_what_to_lower(shards, tmp_path, quiet, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "name"), [(module.Objective, "forward"), (module.GatedAutoencoder, "__init__"), (module.Muon, "step"), (Run, "validate")]
+)
+def test_a_training_too_large_for_memory_says_what_to_lower(shards, tmp_path, quiet, monkeypatch, place, name):
     def full(*_):
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(module.Objective, "forward", full)
+    monkeypatch.setattr(place, name, full)
     with pytest.raises(TrainingError, match=r"lower train\.batch \(4\) or train\.contrast_frames \(24\), or the sizes of model"):
         learn(recipe(), shards, tmp_path)
 
@@ -739,8 +742,21 @@ def test_other_failures_of_a_compiled_step_are_not_blamed_on_the_compiler(shards
 def test_a_device_that_is_not_there_is_one_line(shards, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(TrainingError, match=r"^train\.accelerator cuda, train\.devices 1: .*not available"):
+    with pytest.raises(TrainingError, match=r"^train\.accelerator cuda, train\.devices 1, train\.nodes 1: .*not available"):
         learn(recipe(accelerator="cuda"), shards, tmp_path)
+
+
+def test_a_job_of_slurm_with_other_hosts_than_asked_for_is_one_line(shards, tmp_path, monkeypatch):
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    ranks = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    job = {"SLURM_JOB_NAME": "gae", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_NNODES": "1", "MASTER_ADDR": "localhost", **ranks}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=r"^train\.accelerator cpu.*, train\.nodes 2: .*`--nodes=1` does not match") as caught:
+        learn(recipe(nodes=2), shards, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
@@ -1046,25 +1062,28 @@ def test_a_killed_stage_goes_on(shards, tmp_path, processes):
 
 @pytest.mark.parametrize(
     ("launcher", "objective", "optimiser", "tolerance"),
-    [("fabric", "reconstruction", "adam", 2e-6), ("torchrun", "invariance", "muon", 1e-5)],  # Muon's steps are ten times as long
+    [
+        ("fabric", "reconstruction", "adam", 2e-6),
+        ("torchrun", "invariance", "muon", 1e-5),  # Muon's steps are ten times as long
+        ("hosts", "invariance", "muon", 1e-5),
+    ],
 )
 def test_two_processes_get_the_weights_of_one(shards, tmp_path, quiet, monkeypatch, launcher, objective, optimiser, tolerance):
     monkeypatch.setattr(module, "_VALIDATION_FRAMES", VALIDATION_FRAMES)  # as in processes that are started
     changes = {"optimiser": optimiser, "objective": objective, "sparsity": 1e-3, "weight_decay": 1e-4, "steps": 40, "averaging": 0.0}
     learn(recipe(**changes), shards, tmp_path / "one")
-    settings = few_drawings(recipe(**changes, devices=2))
+    settings = few_drawings(recipe(**changes, **({"nodes": 2} if launcher == "hosts" else {"devices": 2})))
     launch = (sys.executable,)
     if launcher == "torchrun":
         launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
     (tmp_path / "two").mkdir()
-    done = subprocess.run(
-        command(settings, shards, tmp_path / "two", launch),
-        env={**ENVIRONMENT, "MASTER_PORT": str(free_port())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    line = command(settings, shards, tmp_path / "two", launch)
+    environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
+    second = subprocess.Popen(line, env={**environment, "NODE_RANK": "1"}) if launcher == "hosts" else None
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert second is None or second.wait(60) == 0
+    assert ("waiting for all of 2 hosts at 127.0.0.1" in done.stderr) == (launcher == "hosts")
     assert done.stderr.count("train:   0%") == 1 and "deprecated" not in done.stderr and "Precision" not in done.stderr
     one, two = (load_model(tmp_path / name / "gae.safetensors") for name in ("one", "two"))
     for name, weights in one.weights.items():
