@@ -31,14 +31,20 @@ def launch(train):
             strategy="ddp" if world > 1 else "auto",
             precision=PRECISIONS[train.precision],
         )
-        if train.nodes > 1 and fabric.is_global_zero:
-            place = fabric.strategy.cluster_environment
-            print(f"waiting for all of {train.nodes} hosts at {place.main_address}:{place.main_port}", file=sys.stderr)
+        if world > 1 and fabric.is_global_zero:
+            _say_whom_it_waits_for(world, train.nodes, fabric.strategy.cluster_environment)
         fabric.launch()
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         asked = f"train.accelerator {train.accelerator}, train.devices {train.devices}, train.nodes {train.nodes}"
         raise TrainingError(f"{asked}: {reason(error)}") from None
     return fabric
+
+
+def _say_whom_it_waits_for(world, nodes, cluster):
+    """Others than this host's own processes may never come, and PyTorch waits for half an hour without a word."""
+    if nodes > 1 or cluster.creates_processes_externally:
+        where = f"{cluster.main_address}:{cluster.main_port}"
+        print(f"waiting at {where} for {world} processes in all, started by srun, by torchrun or one a host by hand", file=sys.stderr)
 
 
 def settled(train):
