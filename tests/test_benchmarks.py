@@ -3,7 +3,9 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import gae
@@ -24,6 +26,19 @@ def test_what_an_archive_costs(monkeypatch, tmp_path):
     seconds, sizes = cost.measure(0, tmp_path)
     assert min(seconds.values()) > 0 and min(sizes.values()) > 0
     assert len(cost.table(seconds, sizes).splitlines()) == 12
+
+
+def test_what_the_scores_hold(monkeypatch):
+    import catalogue
+
+    score = SimpleNamespace(tempo=120, notes=np.array([(0, 4), (90, 10)], [("onset", float), ("length", float)]))
+    monkeypatch.setattr(catalogue, "read_score", lambda piece: score)
+    pieces = [SimpleNamespace(kind="mass", tempo=(60, 80)), SimpleNamespace(kind="tune", tempo=(60, 80))]
+    assert catalogue.seconds(pieces[0]) == 50
+    score.tempo = None
+    assert catalogue.seconds(pieces[0]) == pytest.approx(100 * 60 / 70)
+    rows = catalogue.table([*pieces, *pieces], [210, 0, 150, 36]).splitlines()
+    assert "| mass | 2 | 0.10 |" in rows and "| tune | 1 | 0.01 |" in rows and rows[-1] == "| all | 3 | 0.1 |"
 
 
 def test_every_variation_changes_parameters_that_there_are():
