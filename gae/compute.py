@@ -217,10 +217,13 @@ def _dask_client(compute, workers):
 @contextmanager
 def _slurm_cluster(jobs):
     """A Dask cluster whose workers are jobs of SLURM; their cores, memory and queue stand in Dask's own configuration."""
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError:
         raise GaeError("compute.cluster: dask-jobqueue is not installed; `pip install dask-jobqueue`") from None
+    finally:
+        signal.signal(signal.SIGINT, interrupt)  # once it is imported Ctrl-C would end a stage as if it had done its work
     if not shutil.which("sbatch"):
         raise GaeError("compute.cluster: no sbatch on this machine; run this where SLURM takes jobs, or set it to none")
     try:

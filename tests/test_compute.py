@@ -197,6 +197,23 @@ def test_ctrl_c_twice_ends_everything_in_one_line(tmp_path, apart):
     assert said.splitlines()[-1] == "busy.py: interrupted; run it again to go on" and "Traceback" not in said
 
 
+INTERRUPTED = """
+import signal
+from gae.commandline import one_line_errors
+from gae.compute import submitting
+from gae.params import Compute
+
+with one_line_errors("busy.py"), submitting(Compute(cluster="slurm", workers=1)):
+    signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_ctrl_c_is_no_success_where_slurm_is_used(slurm):
+    sizes = {"DASK_JOBQUEUE__SLURM__CORES": "1", "DASK_JOBQUEUE__SLURM__MEMORY": "1GB"}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], env=os.environ | sizes, cwd=slurm.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "busy.py: interrupted; run it again to go on"
+
+
 @pytest.mark.parametrize(
     ("given", "found"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
