@@ -16,19 +16,19 @@ import tempfile
 import threading
 from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from gae.errors import GaeError, reason
+from gae.errors import GaeError, reason, warn
 from gae.files import PACKAGES, code_digest
 from gae.storage import is_url
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_RETRIES = 3  # of a track whose Dask worker died
 _PATIENCE = 10  # s to wait for a Dask scheduler
+_LONELY = 60  # s without a Dask worker until a line says so
 _at_work = False  # whether this process is at a unit of work
 
 
@@ -89,7 +89,7 @@ def by_place(files, compute, path=str):
 
 def beside_files(compute):
     """Where work on this machine's files runs: in processes of its own, if what a cluster's workers compute waits at a URL."""
-    if not is_url(compute.staging) or _here(compute):
+    if not is_url(compute.staging) or runs_here(compute):
         return compute
     return compute.model_copy(update={"scheduler": "local", "cluster": "none", "workers": 0})
 
@@ -109,26 +109,36 @@ def submitting(compute):
     GaeError
         As `map_tracks`.
     """
-    folder = None if is_url(compute.staging) else os.getcwd()
-    code = None if _here(compute) else _code()
-    with _executor(compute) as pool:
-        yield partial(pool.submit, _at, folder, code)
+    shared, code = not is_url(compute.staging), None if runs_here(compute) else _code()
+    with _mark() if shared and code else nullcontext() as mark, _executor(compute) as pool:
+        yield partial(pool.submit, _at, os.getcwd() if shared else None, mark, code)
+
+
+@contextmanager
+def _mark():
+    """The path of a file in the working folder: who does not see it is in another, be it of the same name."""
+    with tempfile.NamedTemporaryFile(dir=os.getcwd(), prefix=".gae-", suffix=".partial") as file:
+        yield file.name
 
 
 @contextmanager
 def _executor(compute):
     """Yield a `concurrent.futures.Executor`: processes of this machine, or a Dask cluster's."""
     workers = compute.workers or n_cores()
-    if not _here(compute):
+    if not runs_here(compute):
         with _dask_client(compute, workers) as client:
             from distributed.scheduler import KilledWorker
 
             try:
-                yield client.get_executor(pure=False, retries=_RETRIES)
+                yield client.get_executor(pure=False)
             except KilledWorker:
                 raise GaeError("Dask: a track killed its workers (out of memory?); see their logs, then run again") from None
             except CancelledError:
                 raise GaeError("Dask: the scheduler went away; start it and run again, it goes on where it was") from None
+            except RuntimeError as error:
+                if "deserialization of the task graph" not in str(error):
+                    raise
+                raise GaeError("Dask: the scheduler has no gae, or another; install the same there and start it again") from None
         return
     # children read these when they import numpy: one thread each, as many processes as cores
     with _environment(dict.fromkeys(_THREADS, "1")):
@@ -203,15 +213,44 @@ def _dask_client(compute, workers):
             ) from None
         except (TypeError, ValueError) as error:  # no certificate for tls, a port that is none
             raise GaeError(f"compute.scheduler: {compute.scheduler}: {reason(error)}; correct it, or Dask's own configuration") from None
-        with client:
+        with client, _company(client, f"start some for {compute.scheduler}, with this gae installed"):
             yield client
         return
-    if compute.cluster == "slurm":
-        starting = _slurm_cluster(workers)
-    else:
-        starting = distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
-    with starting as cluster, distributed.Client(cluster) as client:
+    starting = _slurm_cluster(workers) if compute.cluster == "slurm" else _local_cluster(workers)
+    with starting as cluster, distributed.Client(cluster) as client, _company(client, "see squeue and slurm-*.out"):
         yield client
+
+
+@contextmanager
+def _company(client, remedy):
+    """Say so where a Dask cluster has had no worker for a while: it would wait for one for ever without a word."""
+    ended = threading.Event()
+
+    def watch():
+        alone = 0
+        while not ended.wait(_LONELY / 6):
+            with suppress(Exception):  # whatever befalls the scheduler is told elsewhere
+                alone = 0 if client.scheduler_info()["workers"] else alone + 1
+                if alone == 6:
+                    warn(f"Dask: no worker is there, and nothing moves until one comes; {remedy}")
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
+
+
+def _local_cluster(workers):
+    import distributed
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # its processes inherit it: Ctrl-C is for the one that asked
+    try:
+        return distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -227,13 +266,29 @@ def _slurm_cluster(jobs):
     if not shutil.which("sbatch"):
         raise GaeError("compute.cluster: no sbatch on this machine; run this where SLURM takes jobs, or set it to none")
     try:
-        cluster = SLURMCluster()
-    except ValueError as error:
-        raise GaeError(f"compute.cluster: {reason(error)} Write it into ~/.config/dask/jobqueue.yaml: docs/scale.md") from None
+        # one process each: of a job of several, whose workers have other names than it, Dask would not see the end
+        cluster = SLURMCluster(job_cls=_dispensable(SLURMCluster.job_cls), processes=1)
+    except (ValueError, RuntimeError) as error:
+        raise GaeError(f"compute.cluster: {reason(error)} Correct ~/.config/dask/jobqueue.yaml: docs/scale.md") from None
     with cluster:
         _taken_by_slurm(cluster.job_script())
         cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # not scale: a job that reaches its time limit is followed by another
         yield cluster
+
+
+def _dispensable(kind):
+    """A class of Dask's jobs of which one that SLURM refuses, as above a user's limit, is told, and leaves the work to the others."""
+    from distributed.deploy.spec import ProcessInterface
+
+    class Job(kind):
+        async def start(self):
+            try:
+                await super().start()
+            except RuntimeError as error:
+                warn(f"SLURM refuses a job, and leaves its work to the others: {reason(error)}")
+                await ProcessInterface.start(self)  # not to be started
+
+    return Job
 
 
 def _taken_by_slurm(job):
@@ -273,7 +328,7 @@ def _end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _at(folder, code, function, *arguments):
+def _at(folder, mark, code, function, *arguments):
     """Run a unit of work by the caller's code, where relative paths mean what they mean to the caller, or anywhere if there are none."""
     if code not in (None, _code()):
         raise GaeError(
@@ -282,6 +337,8 @@ def _at(folder, code, function, *arguments):
         )
     global _at_work
     with _working_folder.at(folder):
+        if mark and not os.path.exists(mark):
+            raise _unseen(folder, "another of that name is there")
         _at_work = True
         try:
             return function(*arguments)
@@ -306,10 +363,7 @@ class _WorkingFolder:
             try:
                 os.chdir(folder)
             except OSError as error:
-                raise GaeError(
-                    f"{folder}: not seen by the worker on {socket.gethostname()} ({error.strerror}); "
-                    "share it, or name a URL in compute.staging (docs/scale.md)"
-                ) from None
+                raise _unseen(folder, error.strerror) from None
             self._users += 1
         try:
             yield
@@ -322,7 +376,13 @@ class _WorkingFolder:
 _working_folder = _WorkingFolder()
 
 
-def _here(compute):
+def _unseen(folder, why):
+    said = f"{folder}: not seen by the worker on {socket.gethostname()} ({why})"
+    return GaeError(f"{said}; share it, or name a URL in compute.staging (docs/scale.md)")
+
+
+def runs_here(compute):
+    """Whether work runs in processes of this machine, and on no Dask cluster."""
     return (compute.scheduler, compute.cluster) == ("local", "none")
 
 

@@ -12,8 +12,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from gae import audio, storage
-from gae.compute import by_place, map_tracks
-from gae.errors import AudioError, FormatError, ListError, warn
+from gae.compute import by_place, map_tracks, runs_here
+from gae.errors import AudioError, FormatError, GaeError, ListError, warn
 from gae.filelists import read_list
 from gae.files import code_digest, content_hash, read_json, write_json
 
@@ -126,10 +126,18 @@ def _look(paths, remembered, compute):
     examined = {}
     for where, some in by_place(fresh, compute):
         examined |= zip(some, map_tracks(examine, some, where, "index"), strict=True)
+        for path in some if not runs_here(where) else ():
+            _seen_by_workers(path, examined[path])
     found = {path: {**examined[path], "stamp": stamps[path]} if path in examined else known[path] for path in paths}
     opened = {path: finding for path, finding in found.items() if finding.get("sha256")}  # neither size nor time tell of permissions
     write_json(remembered, {"version": _version(), "files": opened})
     return found
+
+
+def _seen_by_workers(path, finding):
+    """A file that can be read here, and not by a worker elsewhere, is not to be left out for it."""
+    if "error" in finding and not finding["sha256"] and not storage.is_url(path) and os.path.isfile(path) and os.access(path, os.R_OK):
+        raise GaeError(f"a worker says {finding['error']}: it is readable here; let all workers see the same files (docs/scale.md)")
 
 
 def examine(path):

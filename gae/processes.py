@@ -99,6 +99,16 @@ def from_first(fabric, action):
     return result
 
 
+def agreed(fabric, recipe):
+    """All processes train by the same recipe: the weights would be nobody's, as gradients alone are shared."""
+    other = torch.tensor(float(fabric.broadcast(recipe) != recipe), device=fabric.device)
+    others = fabric.all_reduce(other, reduce_op="sum")
+    if others:
+        said = f"{int(others)} of the {fabric.world_size} processes have other parameters, frames, code or packages than the first"
+        with told_once(fabric):
+            raise TrainingError(f"{said}; give all hosts the same, and name train.precision if auto is not the same on all")
+
+
 @contextmanager
 def within_memory(train):
     """One line where memory runs out, the GPU's or the processor's."""

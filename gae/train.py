@@ -24,7 +24,7 @@ from gae.measures import invariance_top1, mean_and_error
 from gae.model import GatedAutoencoder, contrast, sparsity
 from gae.modelfile import save_model
 from gae.muon import Muon
-from gae.processes import alone_with, gatherer, launch, peers, settled, told_once, within_memory
+from gae.processes import agreed, alone_with, gatherer, launch, peers, settled, told_once, within_memory
 from gae.shards import Shards
 from gae.view import View
 
@@ -61,11 +61,11 @@ def train(params, shards, model, metrics, curves, drawings, checkpoints):
     """
     params = params.model_copy(update={"train": settled(params.train)})
     fabric = launch(params.train)
-    with Shards(shards) as frames, alone_with(fabric, checkpoints), within_memory(params.train):
+    with Shards(shards) as frames, peers(fabric), alone_with(fabric, checkpoints), within_memory(params.train):
         with told_once(fabric):
             run = Run(fabric, params, frames, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
-        with view or nullcontext(), peers(fabric):
+        with view or nullcontext():
             _advance(run, view, model)
         if view:
             run.write(model, run.best, run.best_step, run.history[-1])
@@ -117,6 +117,10 @@ class Run:
         dtypes = sorted({track.dtype for track in shards.tracks.values()})
         listed = [[(track.key, track.n_frames) for track in line] for line in shards.lines]
         self.data = digest([listed, shards.cqt.model_dump(), dtypes])
+        code = code_digest(["batches", "cqt", "measures", "model", "muon", "processes", "train"], ["numpy", "torch"])
+        frames = sorted({track.code for track in shards.tracks.values()})
+        recipe = digest([params.model.model_dump(), params.model.lags, recipe_of(params.train), self.data, frames, code])
+        agreed(fabric, recipe)
         lines, held_out = split(usable, params.train.validation)
         self.excerpts = Excerpts(shards, lines, params.model.lags, params.train, fabric.global_rank, fabric.world_size)
         self.validation = Validation(shards, held_out, params.model.reach, params.train.seed)
@@ -136,11 +140,8 @@ class Run:
         self.step, self.good_step, self.history, self.seconds = 0, 0, [], 0.0
         self.best_score, self.best_error, self.best_step, self.fruitless = -1.0, 0.0, 0, 0
         self._window, self._in_order = [], fabric.world_size == 1
-        code = code_digest(["batches", "cqt", "measures", "model", "muon", "processes", "train"], ["numpy", "torch"])
-        frames = sorted({track.code for track in shards.tracks.values()})
-        recipe = [params.model.model_dump(), params.model.lags, recipe_of(params.train), self.data, frames, code]
         modules = {"model": self.model, "average": self.average, "best": self.best, "good": self.good}
-        self.store = Checkpoints(checkpoints, digest(recipe), modules, optimisers, fabric)
+        self.store = Checkpoints(checkpoints, recipe, modules, optimisers, fabric)
         vars(self).update(self.store.resume() or {})
         self._checkpointed = self._since = time.monotonic()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import dask
 import dask_jobqueue  # noqa: F401  its defaults would go with what a test sets for a while, if that came first
+import distributed
 import pytest
 
 from gae import compute as computing
@@ -70,7 +71,7 @@ def test_threads_of_one_worker_wait_for_their_folder(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / name).mkdir()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda n: computing._at(str(tmp_path / "ab"[n % 2]), None, slow_copy, n, "."), range(8)))
+        list(pool.map(lambda n: computing._at(str(tmp_path / "ab"[n % 2]), None, None, slow_copy, n, "."), range(8)))
     for n, name in enumerate("ab"):
         assert {path.name for path in (tmp_path / name).iterdir()} == {f"{number}.txt" for number in range(n, 8, 2)}
 
@@ -85,8 +86,26 @@ def test_an_address_that_is_none_is_one_line(address, why):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_track_that_kills_its_workers_is_one_line(monkeypatch):
-    monkeypatch.setattr(computing, "_RETRIES", 0)
+def test_a_cluster_without_workers_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(computing, "_LONELY", 0.3)
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as empty,
+        distributed.Client(empty) as client,
+        computing._company(client, "start some"),
+    ):
+        time.sleep(1)
+    assert capsys.readouterr().err == "warning: Dask: no worker is there, and nothing moves until one comes; start some\n"
+
+
+def test_a_worker_in_another_folder_of_that_name_is_refused(cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    map_tracks(slow_copy, [1], Compute(scheduler=cluster[0]), "remote", (".",))
+    assert not list(tmp_path.glob(".gae-*"))
+    with pytest.raises(GaeError, match=r"not seen by the worker on .* \(another of that name is there\); share it"):
+        computing._at(str(tmp_path), str(tmp_path / "mark"), None, slow_copy, 2, ".")
+
+
+def test_a_track_that_kills_its_workers_is_one_line():
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}), pytest.raises(GaeError, match="Dask: a track killed its workers"):
         map_tracks(die, [1], Compute(cluster="local", workers=1), "remote")
 
@@ -121,7 +140,7 @@ def slurm(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    settings = {"cores": 1, "memory": "1GB", "processes": 1, "local-directory": str(tmp_path), "log-directory": str(tmp_path)}
+    settings = {"cores": 2, "memory": "1GB", "processes": 2, "local-directory": str(tmp_path), "log-directory": str(tmp_path)}
     with dask.config.set({f"jobqueue.slurm.{key}": value for key, value in settings.items()}):
         yield jobs
 
@@ -137,6 +156,23 @@ def test_a_job_that_slurm_ends_is_followed_by_another(slurm, tmp_path):
     with dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"}):
         reports = map_tracks(end_first_job, [1, 2], Compute(cluster="slurm", workers=1), "slurm", (str(slurm),))
     assert reports == [1, 2] and len(slurm.read_text().split()) == 2
+
+
+def test_jobs_that_slurm_refuses_leave_the_work_to_the_others(slurm, tmp_path, capfd):
+    """As above a limit of jobs a user, which the first is not."""
+    submit = tmp_path / "sbatch"
+    refuse = f'[ "$1" = --test-only ] || mkdir {tmp_path}/taken || {{ echo above the limit >&2; exit 1; }}'
+    submit.write_text(submit.read_text().replace("\n", f"\n{refuse}\n", 1))
+    reports = map_tracks(slow_copy, [1, 2, 3], Compute(cluster="slurm", workers=2), "slurm", (str(tmp_path),))
+    assert [item for item, _ in reports] == [1, 2, 3] and len(slurm.read_text().split()) == 1
+    said = capfd.readouterr().err
+    assert said.count("warning: SLURM refuses a job, and leaves its work to the others: ") == 1 and "above the limit" in said
+    assert "Traceback" not in said
+
+
+def test_a_configuration_of_jobs_that_fits_no_machine_is_one_line(slurm):
+    with dask.config.set({"jobqueue.slurm.interface": "nowhere0"}), pytest.raises(GaeError, match=r"nowhere0.* Correct .*jobqueue\.yaml"):
+        map_tracks(slow_copy, [1], Compute(cluster="slurm", workers=1), "slurm", (".",))
 
 
 def test_slurm_without_its_commands_or_the_size_of_a_job_is_one_line(tmp_path, monkeypatch):
@@ -163,13 +199,14 @@ def test_a_job_that_slurm_refuses_is_one_line(tmp_path, monkeypatch):
 
 
 BUSY = """
+import os
 import time
 from gae.commandline import one_line_errors
 from gae.compute import map_tracks
 from gae.params import Compute
 
 def work(item):
-    print("at work", flush=True)
+    os.write(1, b"at work\\n")
     time.sleep(1)
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tiny
 
 from gae import index as module
 from gae import params
-from gae.errors import AudioError, FormatError, ListError
+from gae.errors import AudioError, FormatError, GaeError, ListError
 from gae.files import read_json, write_json
 from gae.index import index
 
@@ -41,6 +41,18 @@ def look(**data):
     data = {"train_list": "train.txt", "convert_list": "convert.txt", **data}
     index(params.validate({"data": data, "cqt": CQT, "compute": {"workers": 1}}), "index.json", "memory.json")
     return read_json("index.json")
+
+
+def test_a_file_that_a_worker_does_not_see_is_not_left_out_for_it(folder, monkeypatch):
+    """As where the worker's host lacks a mount."""
+    blind = {"sha256": "", "bytes": 0, "error": "music/a.wav: No such file or directory"}
+    examine = module.examine
+    found = {path: examine(path) if path != "music/a.wav" else blind for path in (f"music/{file.name}" for file in Path("music").iterdir())}
+    monkeypatch.setattr(module, "map_tracks", lambda function, paths, *_: [found[path] for path in paths])
+    assert {skipped["path"] for skipped in look()["skipped"]} == {"music/a.wav"}  # where it is this machine's word, it counts
+    monkeypatch.setattr(module, "runs_here", lambda compute: False)
+    with pytest.raises(GaeError, match=r"^a worker says music/a\.wav: No such file or directory: it is readable here; let all workers see"):
+        look()
 
 
 def test_the_index_says_what_the_files_are(folder, opened):

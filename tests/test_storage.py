@@ -389,15 +389,15 @@ def test_workers_that_stage_at_a_url_are_given_no_local_files():
 
 def test_a_worker_that_does_not_see_the_folder_is_one_line():
     with pytest.raises(GaeError, match=r"^/no/where: not seen by the worker on .* \(No such file or directory\); share it, or name"):
-        computing._at("/no/where", None, len, "")
+        computing._at("/no/where", None, None, len, "")
 
 
 def test_a_worker_with_another_gae_is_one_line():
-    assert computing._at(None, computing._code(), len, "four") == 4
+    assert computing._at(None, None, computing._code(), len, "four") == 4
     with pytest.raises(
         GaeError, match=r"^the worker on .* has another gae, or other versions of librosa, .* than this machine; install the same there and"
     ):
-        computing._at(None, "0" * 64, len, "four")
+        computing._at(None, None, "0" * 64, len, "four")
 
 
 # ---- features --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from gae import params, pictures, view
 from gae import train as module
 from gae.batches import Excerpts
 from gae.checkpoints import Checkpoints
-from gae.errors import GaeError, TrainingError, explained
+from gae.errors import FormatError, GaeError, TrainingError, explained
 from gae.files import read_json, write_json
 from gae.model import GatedAutoencoder
 from gae.modelfile import load_model
@@ -927,6 +927,22 @@ def full():
     Checkpoints.save = fail
 
 
+def of_other_code():
+    """The second process has other code."""
+    if os.environ["RANK"] == "1":
+        module.code_digest = lambda modules, packages: "0" * 64
+
+
+def without_shards():
+    """The second process finds no frames."""
+    if os.environ["RANK"] == "1":
+
+        def missing(folder):
+            raise FormatError(f"{folder}: no such folder")
+
+        module.Shards = missing
+
+
 @pytest.fixture(scope="module")
 def together(forkserver):
     """Runs all processes of a training; their exit codes."""
@@ -1001,6 +1017,18 @@ def test_what_all_processes_come_upon_the_first_tells(shards, tmp_path, together
     assert together(few_drawings(recipe(devices=2)), shards, tmp_path, spoilt) == [1, 0]
     assert said(tmp_path).keys() == {0} and said(tmp_path)[0].startswith("the loss became NaN or infinite between steps 25 and 50; weights")
     assert load_model(tmp_path / "gae.safetensors").facts["step"] == 25
+
+
+def test_processes_that_would_train_by_other_recipes_do_not_begin(shards, tmp_path, together):
+    assert together(few_drawings(recipe(devices=2)), shards, tmp_path, of_other_code) == [1, 0]
+    assert said(tmp_path)[0].startswith("1 of the 2 processes have other parameters, frames, code or packages than the first; give all")
+    assert not (tmp_path / "gae.safetensors").exists()
+
+
+def test_a_process_whose_peer_does_not_begin_says_so_in_one_line(shards, tmp_path, together):
+    assert together(few_drawings(recipe(devices=2)), shards, tmp_path, without_shards) == [1, 1]
+    assert said(tmp_path)[1].endswith("no such folder")
+    assert said(tmp_path)[0].startswith("another process of this training has ended or does not answer (") and "\n" not in said(tmp_path)[0]
 
 
 def test_a_process_whose_peer_has_ended_says_so_in_one_line(shards, tmp_path, together):
