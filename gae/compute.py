@@ -262,7 +262,8 @@ def _slurm_cluster(jobs):
     except ImportError:
         raise GaeError("compute.cluster: dask-jobqueue is not installed; `pip install dask-jobqueue`") from None
     finally:
-        signal.signal(signal.SIGINT, interrupt)  # once it is imported Ctrl-C would end a stage as if it had done its work
+        if signal.getsignal(signal.SIGINT) is not interrupt:  # once it is imported, Ctrl-C would end a stage as if it had done its work
+            signal.signal(signal.SIGINT, interrupt)
     if not shutil.which("sbatch"):
         raise GaeError("compute.cluster: no sbatch on this machine; run this where SLURM takes jobs, or set it to none")
     try:

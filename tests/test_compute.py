@@ -86,15 +86,18 @@ def test_an_address_that_is_none_is_one_line(address, why):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_cluster_without_workers_is_told(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("workers", "told"), [(0, "warning: Dask: no worker is there, and nothing moves until one comes; start some\n"), (1, "")]
+)
+def test_a_cluster_without_workers_is_told(monkeypatch, capsys, workers, told):
     monkeypatch.setattr(computing, "_LONELY", 0.3)
     with (
-        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as empty,
-        distributed.Client(empty) as client,
+        distributed.LocalCluster(n_workers=workers, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
         computing._company(client, "start some"),
     ):
         time.sleep(1)
-    assert capsys.readouterr().err == "warning: Dask: no worker is there, and nothing moves until one comes; start some\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_worker_in_another_folder_of_that_name_is_refused(cluster, tmp_path, monkeypatch):
