@@ -7,12 +7,14 @@ Pieces last what they do in the demo music, at the tempo of the score or the mid
 
 from collections import Counter
 
+import numpy as np
 from results import markdown
 
 from gae.compute import map_tracks
 from gae.corpus import _SECONDS
 from gae.params import Compute
 from gae.scores import KINDS, Unplayable, catalogue, read_score
+from gae.synthesis import STEADY, perform
 
 
 def seconds(piece):
@@ -21,7 +23,7 @@ def seconds(piece):
         score = read_score(piece)
     except Unplayable:
         return 0.0
-    lasts = (score.notes["onset"] + score.notes["length"]).max() * 60 / (score.tempo or sum(piece.tempo) / 2)
+    lasts = perform(score.notes, score.tempo or sum(piece.tempo) / 2, STEADY, np.random.default_rng(0)).duration
     return 0.0 if lasts < _SECONDS[0] else min(lasts, _SECONDS[1])
 
 
