@@ -42,6 +42,8 @@ def index(params, out, remembered):
         If a file is unusable and data.on_error is "stop".
     StorageError
         If a URL can't be reached.
+    GaeError
+        If a worker of a cluster can't read a file that can be read here.
     """
     lists = {"train": read_list(params.data.train_list), "convert": read_list(params.data.convert_list)}
     paths = sorted({path for lines in lists.values() for line in lines for path in line.paths})
@@ -126,18 +128,21 @@ def _look(paths, remembered, compute):
     examined = {}
     for where, some in by_place(fresh, compute):
         examined |= zip(some, map_tracks(examine, some, where, "index"), strict=True)
-        for path in some if not runs_here(where) else ():
-            _seen_by_workers(path, examined[path])
+        if not runs_here(where):
+            _refuse_blindness(some, examined)
     found = {path: {**examined[path], "stamp": stamps[path]} if path in examined else known[path] for path in paths}
     opened = {path: finding for path, finding in found.items() if finding.get("sha256")}  # neither size nor time tell of permissions
     write_json(remembered, {"version": _version(), "files": opened})
     return found
 
 
-def _seen_by_workers(path, finding):
-    """A file that can be read here, and not by a worker elsewhere, is not to be left out for it."""
-    if "error" in finding and not finding["sha256"] and not storage.is_url(path) and os.path.isfile(path) and os.access(path, os.R_OK):
-        raise GaeError(f"a worker says {finding['error']}: it is readable here; let all workers see the same files (docs/scale.md)")
+def _refuse_blindness(paths, examined):
+    """A file of this machine that can be read here, and not by a worker elsewhere, is not to be left out for it."""
+    for path in paths:
+        unread = "error" in examined[path] and not examined[path]["sha256"]
+        if unread and not storage.is_url(path) and os.path.isfile(path) and os.access(path, os.R_OK):
+            said = examined[path]["error"]
+            raise GaeError(f"a worker says {said}: it is readable here; let all workers see the same files (docs/scale.md)")
 
 
 def examine(path):
