@@ -219,6 +219,8 @@ def _model(model):
 
 def _mono(samples, sample_rate):
     """Samples of a stranger as float32 (n,)."""
+    if isinstance(samples, str | Path):
+        raise AudioError(f"samples: {str(samples)!r}, the name of a file; gae.convert.convert_file takes files")
     rate_fits = isinstance(sample_rate, int | float | np.number) and 1000 <= sample_rate <= 768_000
     if not rate_fits:
         raise AudioError(f"sample_rate: got {sample_rate!r}, allowed: 1000 to 768000 Hz")
@@ -229,8 +231,7 @@ def _mono(samples, sample_rate):
     except (ValueError, TypeError, RuntimeError):  # ragged, or a tensor that can't become an array
         samples = np.empty(0, object)
     if samples.dtype.kind not in "iuf":
-        hint = "; gae.convert.convert_file takes files" if samples.dtype.kind == "U" else ""
-        raise AudioError(f"samples: of type {samples.dtype}; give an array of real numbers{hint}")
+        raise AudioError(f"samples: of type {samples.dtype}; give an array of real numbers")
     if samples.ndim not in (1, 2) or samples.size == 0:
         raise AudioError(f"samples: of shape {samples.shape}; give (n,) or (n, channels), not empty")
     if samples.ndim == 2 and samples.shape[1] > min(64, len(samples)):

@@ -55,9 +55,10 @@ def train(params, shards, model, metrics, curves, drawings, checkpoints):
     Raises
     ------
     TrainingError
-        If there is too little data, or the loss is NaN or diverges; the last good weights are then in `model`.
+        If there is too little data; if the loss is NaN or diverges, the last good weights being then in `model`; if memory does not
+        hold it; or if another of its processes ends early, or has other parameters, frames, code or packages.
     GaeError
-        If another process trains with these checkpoints.
+        If another training uses these checkpoints.
     """
     params = params.model_copy(update={"train": settled(params.train)})
     fabric = launch(params.train)

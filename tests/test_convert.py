@@ -360,6 +360,8 @@ def test_samples_of_any_type_and_scale(song, weights):
         (torch.zeros(8000, requires_grad=True), 8000, "give an array of real numbers"),
         (torch.zeros(8000, dtype=torch.bfloat16), 8000, "give an array of real numbers"),
         (["a", "b"], 8000, "real numbers"),
+        ("song.flac", "model.safetensors", "'song.flac', the name of a file; gae.convert.convert_file takes files"),
+        (Path("song.flac"), 8000, "'song.flac', the name of a file; gae.convert.convert_file takes files"),
         ([None, 1.0], 8000, "real numbers"),
         ([[1.0], [1.0, 2.0]], 8000, "real numbers"),
         ([1j, 2j], 8000, "real numbers"),
