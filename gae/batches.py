@@ -110,7 +110,8 @@ class Excerpts:
         one_view = drawn.views[0] == drawn.views[1]
         if self.train.equaliser:
             for side, bends in zip(sides, drawn.bends, strict=True):
-                _colour(side, ~one_view, np.exp(bends @ self._waves))
+                # no matrix product: BLAS adds up a row of it in another order, the more rows there are
+                _colour(side, ~one_view, np.exp(np.einsum("nw,wb->nb", bends, self._waves)))
         y = sides[:, :, self.n_before :: self.train.stride]
         x = sides * self._masks(step, drawn.shifts) if self.train.dropout else sides
         return Batch(x, y, self._contexts(drawn.tempi), one_view)

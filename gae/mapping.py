@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -59,7 +60,7 @@ def extract_blocks(blocks, model):
     reach, joined = model.sizes.reach, None
     for frames in _regrid(blocks, _BLOCK):
         joined = with_past(frames, reach) if joined is None else np.concatenate([joined[-reach:], frames], dtype=np.float32)
-        with _one_thread:
+        with _one_thread():
             values = mapping(joined)
         yield values
 
@@ -119,10 +120,19 @@ def _correlation(filters):
     return correlation
 
 
-class _OneThread:
-    """Matrix products by one thread while anyone is inside: the limit is the whole process's, and its threads share it.
+@contextmanager
+def _one_thread():
+    """Matrix products by one thread."""
+    # where the caller has set a limit of its own, the calling thread alone can change it
+    with _limit_of_all, _matrix_libraries().limit(limits=1):
+        yield
 
-    Only the thread that set a limit can lift it (OpenBLAS). So a thread of its own does both, whoever comes first and leaves last.
+
+class _LimitOfAll:
+    """One thread while anyone is inside: the limit is the whole process's, and its threads share it.
+
+    Only the thread that set a limit can lift it (threadpoolctl, for OpenBLAS). So a thread of its own does both, whoever comes
+    first and leaves last.
     """
 
     def __init__(self):
@@ -143,7 +153,7 @@ class _OneThread:
                 self._keeper.shutdown()
 
 
-_one_thread = _OneThread()
+_limit_of_all = _LimitOfAll()
 
 
 @lru_cache(maxsize=1)

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from gae import mapping
 from gae.cqt import transpose
 from gae.errors import FormatError
 from gae.mapping import extract_blocks, extract_frames
@@ -44,8 +45,8 @@ def test_features_equal_the_networks_mapping(transposed):
     y = torch.from_numpy(frames)[None]
     x = torch.cat([y[:, :1].expand(-1, model.sizes.reach, -1), y], 1)[:, :-1]
     with torch.inference_mode():
-        mapping = model.network.mapping(x, y)[0].numpy()
-    assert np.abs(extract_frames(frames, model) - mapping).max() < 1e-5
+        expected = model.network.mapping(x, y)[0].numpy()
+    assert np.abs(extract_frames(frames, model) - expected).max() < 1e-5
     assert np.array_equal(extract_frames(frames, model), extract_frames(frames, model.network))
 
 
@@ -100,6 +101,11 @@ with ThreadPoolExecutor(4) as pool:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "[2] {1} [2] True\n"
+
+
+def test_frames_are_mapped_by_one_thread_even_if_the_caller_has_set_another_limit():
+    with threadpool_limits(limits=2), mapping._one_thread():
+        assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {1}
 
 
 def test_frames_of_another_shape_are_refused():
