@@ -149,7 +149,7 @@ def convert_list(params, shards, index, out):
         {
             "source": path, "sha256": listed[path]["sha256"], "file": f"{names[path]}.h5",
             "key": track.key, "shard": str(track.file), "n_frames": track.n_frames,
-            "made_by": digest([code, track.code, track.dtype, model.sizes.lags, model.sizes.transpositions]),
+            "made_by": digest([code, track.code, track.dtype, model.sizes.readings]),
         }
         for path, track in frames.items()
     ]  # fmt: skip

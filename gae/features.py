@@ -1,7 +1,7 @@
 """The file that holds features: write, validate, read.
 
     <name>.h5    values  float32 or float16 (n_frames, n_maps): the mapping of frame t against `context` frames before it,
-                         or the mean of its mappings in three transpositions
+                         or the mean of its mappings in three transpositions and tempi
                  times   float64 (n_frames,): centre of each frame, in s
                  attributes: schema, source (path of the audio), source_sha256, model_sha256, cqt (JSON),
                  made_by (digest of what else decides the values)
@@ -45,7 +45,7 @@ class Origin:
         Hash of the audio file and of the model file, 64 hexadecimal digits each; empty where there was none.
     made_by : str
         Digest of what else decides the values: code, versions of packages, how the frames were stored, which of them are a
-        context, the transpositions. Empty where the features are not kept from one run to the next.
+        context, the transpositions and tempi. Empty where the features are not kept from one run to the next.
     """
 
     cqt: Cqt

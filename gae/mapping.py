@@ -73,13 +73,12 @@ def with_past(frames, reach):
 def _mapping(model):
     """The function from frames (reach + n, n_bins) to features (n, n_maps): `GatedAutoencoder.mapping` in NumPy."""
     weights, sizes = model.weights, model.sizes
-    n_bins, moves = weights["filters_y"].shape[1], sizes.transpositions
-    # frames moved one way meet a filter as frames that stay meet it moved the other way; moves go both ways
-    moved_x = np.concatenate([transpose(weights["filters_x"].reshape(-1, n_bins), bins) for bins in moves])
-    filters_x = np.zeros((len(moves) * sizes.n_factors, sizes.reach, n_bins), np.float32)
-    filters_x[:, sizes.reach - np.array(sizes.lags)] = moved_x.reshape(-1, sizes.context, n_bins)
+    n_bins, readings = weights["filters_y"].shape[1], sizes.readings
+    # frames moved one way meet a filter as frames that stay meet it moved the other way
+    moved_x = [transpose(weights["filters_x"].reshape(-1, n_bins), -bins) for bins, _ in readings]
+    filters_x = np.concatenate([_filters_at(lags, filters, sizes) for (_, lags), filters in zip(readings, moved_x, strict=True)])
     factors_x = _correlation(filters_x)
-    filters_y = np.concatenate([transpose(weights["filters_y"], bins) for bins in moves]).T
+    filters_y = np.concatenate([transpose(weights["filters_y"], -bins) for bins, _ in readings]).T
     filters_y *= np.float32(sizes.input_scale**2)  # both inputs are scaled, and multiplied
     map_1, bias_1 = weights["map_1.weight"].T, weights["map_1.bias"]
     map_2, bias_2 = weights["map_2.weight"].T, weights["map_2.bias"]
@@ -88,9 +87,17 @@ def _mapping(model):
         factors = factors_x(frames[:-1])
         factors *= frames[sizes.reach :] @ filters_y
         mappings = np.tanh(np.tanh(factors.reshape(-1, sizes.n_factors) @ map_1 + bias_1) @ map_2 + bias_2)
-        return mappings.reshape(len(factors), len(moves), -1).mean(axis=1)
+        return mappings.reshape(len(factors), len(readings), -1).mean(axis=1)
 
     return mapping
+
+
+def _filters_at(lags, filters, sizes):
+    """Filters (n_factors * context, n_bins) whose frames lie `lags` before y: (n_factors, reach, n_bins)."""
+    placed = np.zeros((sizes.n_factors, sizes.reach, filters.shape[1]), np.float32)
+    for lag, part in zip(lags, filters.reshape(sizes.n_factors, sizes.context, -1).swapaxes(0, 1), strict=True):
+        placed[:, sizes.reach - lag] += part  # read faster, two frames of a context may be one
+    return placed
 
 
 _remembered = lru_cache(maxsize=1)(_mapping)

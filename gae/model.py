@@ -4,7 +4,7 @@
     m       = tanh(W2 tanh(W1 factors + b1) + b2)
     y_hat   = V^T (W1^T (W2^T m + b1) (U * x))
 
-The features are means of m over a few transpositions of x and y (`GatedAutoencoder.mapping`).
+The features are means of m over a few transpositions of x and y and tempi of x (`GatedAutoencoder.mapping`).
 
 S. Lattner, M. Grachten, G. Widmer: Learning Transposition-Invariant Interval Features from Symbolic Music and Audio,
 ISMIR 2018. The convolution in time (``U * x``) and the first layer's bias shared with the decoder follow the authors'
@@ -28,7 +28,7 @@ class GatedAutoencoder(nn.Module):
     n_bins : int
         Bins a frame.
     sizes : gae.params.Model
-        n_factors, n_hidden, n_maps, context, dilation, growth, input_scale, transposed.
+        n_factors, n_hidden, n_maps, context, dilation, growth, input_scale, transposed, stretched.
 
     Attributes
     ----------
@@ -41,8 +41,8 @@ class GatedAutoencoder(nn.Module):
     Notes
     -----
     Frame t (y) is set against `context` frames before it (x), those that lie `sizes.lags` frames back: close together just before it,
-    further apart further back, up to `sizes.reach`. So sequences of x are `reach - 1` frames longer than those of y: y[i] goes with
-    x[i + reach - lag] for each lag.
+    further apart further back. The furthest of any of `sizes.readings` lies `sizes.reach` frames back. So sequences of x are `reach - 1`
+    frames longer than those of y: y[i] goes with x[i + reach - lag] for each lag.
     """
 
     def __init__(self, n_bins, sizes):
@@ -58,10 +58,13 @@ class GatedAutoencoder(nn.Module):
         """All weights by name, as NumPy arrays of float32."""
         return {name: tensor.detach().float().cpu().numpy() for name, tensor in self.state_dict().items()}
 
-    def x_factors(self, x):
-        """Filter responses to the contexts in a sequence: x (..., n_frames + reach - 1, n_bins) to (..., n_frames, n_factors)."""
+    def x_factors(self, x, lags=None):
+        """Filter responses to the contexts in a sequence: x (..., n_frames + reach - 1, n_bins) to (..., n_frames, n_factors).
+
+        `lags` are those of `sizes` unless given.
+        """
         starts = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])[..., : 1 - self.sizes.reach or None]
-        within = self.sizes.reach - torch.tensor(self.sizes.lags, device=x.device)
+        within = self.sizes.reach - torch.tensor(lags or self.sizes.lags, device=x.device)
         return self.responses(x.flatten(0, -2), starts[..., None] + within)
 
     def responses(self, frames, contexts):
@@ -89,8 +92,9 @@ class GatedAutoencoder(nn.Module):
     def mapping(self, x, y):
         """The features: what relates y to the frames before it, whatever the key.
 
-        The mean of what `relate` makes of x and y as they are and moved by `sizes.transposed` bins down and up: what a mapping
-        still has of the key differs between them, and weighs less in their mean.
+        The mean of what `relate` makes of x and y as they are; moved by `sizes.transposed` bins down, with contexts read faster by
+        `sizes.stretched`; and moved up, with contexts read as much slower. What a mapping still has of the key and of the tempo
+        differs between them, and weighs less in their mean.
 
         Parameters
         ----------
@@ -102,8 +106,11 @@ class GatedAutoencoder(nn.Module):
         Tensor, shape (batch, n_frames, n_maps)
             Values in (-1, 1).
         """
-        moved = [[_transposed(frames, bins) for frames in (x, y)] for bins in self.sizes.transpositions]
-        return torch.stack([self.relate(self.x_factors(past), self.y_factors(now)) for past, now in moved]).mean(0)
+        made = [
+            self.relate(self.x_factors(_transposed(x, bins), lags), self.y_factors(_transposed(y, bins)))
+            for bins, lags in self.sizes.readings
+        ]
+        return torch.stack(made).mean(0)
 
     def relate(self, x_factors, y_factors):
         """The mapping of one transposition from filter responses, both (batch, n_frames, n_factors)."""

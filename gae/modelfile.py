@@ -21,6 +21,7 @@ from gae.files import content_hash, replacing
 
 SCHEMA = 1
 _LARGEST = 1e6  # of weights: by products of smaller ones and the largest sizes that params.yaml may have no feature becomes infinite or NaN
+_UNSAID = {"dilation": 1, "growth": 0, "transposed": 0, "stretched": 0}  # by files from before these sizes could be chosen
 SHIPPED = ("pretrained", "pretrained-fast")  # names of weights that are shipped; models/pretrained.md
 
 
@@ -48,7 +49,7 @@ class Model:
     sha256: str = ""
 
     def __repr__(self):
-        frames = f"{self.sizes.context} of the last {self.sizes.reach} frames, one every {1000 * self.cqt.frame_seconds:.1f} ms"
+        frames = f"{self.sizes.context} of the last {self.sizes.lags[0]} frames, one every {1000 * self.cqt.frame_seconds:.1f} ms"
         return f"<Model: {self.sizes.n_maps} features from {frames}{self.sha256 and f', sha256 {self.sha256[:12]}'}>"
 
     def __post_init__(self):
@@ -98,7 +99,7 @@ def load_model(path: str | Path | None = None) -> Model:
     try:
         model = Model(
             weights={name: _single(name, array) for name, array in weights.items()},
-            sizes=_whole(params.Model, {"dilation": 1, "growth": 0, "transposed": 0} | facts["model"]),  # older files do not say
+            sizes=_whole(params.Model, _UNSAID | facts["model"]),
             cqt=_whole(params.Cqt, facts["cqt"]),
             facts=facts,
             sha256=content_hash(path),

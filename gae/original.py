@@ -137,7 +137,15 @@ def from_arrays(wx, wy, m1, b1, m2, b2):
         weights = {name: np.array(array, np.float32, order="C") for name, array in arrays.items()}
     try:
         sizes = params.Model(
-            n_factors=n_factors, n_hidden=len(m1), n_maps=len(m2), context=context, dilation=1, growth=0, input_scale=1.0, transposed=0
+            n_factors=n_factors,
+            n_hidden=len(m1),
+            n_maps=len(m2),
+            context=context,
+            dilation=1,
+            growth=0,
+            input_scale=1.0,
+            transposed=0,
+            stretched=0,
         )
         cqt = params.Cqt(sample_rate=22050, hop_length=448, fmin=65.4, n_bins=n_bins, bins_per_octave=24, compression="none")
     except ValidationError as error:

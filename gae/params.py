@@ -128,6 +128,12 @@ class Model(Section):
     transposed: int = Field(
         10, ge=0, le=1000, description="features are means over frames as they are and so many bins down and up; 0 is the original's"
     )
+    stretched: float = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="share by which contexts are read faster for those below and slower for those above; 0 is the original's",
+    )
 
     @model_validator(mode="after")
     def _odd_context(self):
@@ -137,9 +143,9 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _bounded_reach(self):
-        if self.reach > _FURTHEST:
+        if self.lags[0] > _FURTHEST:
             raise ValueError(
-                f"model.context: {self.context} frames reach back {self.reach} with model.dilation {self.dilation} "
+                f"model.context: {self.context} frames reach back {self.lags[0]} with model.dilation {self.dilation} "
                 f"and model.growth {self.growth:g}, allowed: up to {_FURTHEST}"
             )
         return self
@@ -151,14 +157,21 @@ class Model(Section):
         return [math.floor(lag + 0.5) for lag in exact]
 
     @property
-    def reach(self):
-        """How many frames before y the earliest of the context lies."""
-        return self.lags[0]
+    def readings(self):
+        """For each of the mappings whose mean the features are: by how many bins the input is moved, and the lags of its context.
+
+        A list of (int, list of int). Moved down a context is read faster, so as if it were played slower than it is, moved up slower.
+        """
+        if not (self.transposed or self.stretched):
+            return [(0, self.lags)]
+        slower = 1 + self.stretched
+        moves = [(-self.transposed, 1 / slower), (0, 1), (self.transposed, slower)]
+        return [(bins, [max(1, math.floor(tempo * lag + 0.5)) for lag in self.lags]) for bins, tempo in moves]
 
     @property
-    def transpositions(self):
-        """By how many bins the input is moved, for each of the mappings whose mean the features are."""
-        return sorted({-self.transposed, 0, self.transposed})
+    def reach(self):
+        """How many frames before y the earliest of all readings' contexts lies."""
+        return max(lags[0] for _, lags in self.readings)
 
 
 class Train(Section):
@@ -287,9 +300,9 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _block_holds_context(self):
-        if self.train.block <= self.model.reach:
+        if self.train.block <= self.model.lags[0]:
             raise ValueError(
-                f"train.block: got {self.train.block} frames, allowed: more than the {self.model.reach} frames "
+                f"train.block: got {self.train.block} frames, allowed: more than the {self.model.lags[0]} frames "
                 f"that model.context {self.model.context} with model.dilation {self.model.dilation} "
                 f"and model.growth {self.model.growth:g} reaches back"
             )

@@ -140,7 +140,7 @@ def draw_filters_x(network, cqt, path, plot, suffix=""):
     filters = network.weights["filters_x"][_order(network)[: plot.filters]].reshape(-1, context, cqt.n_bins)
     limit = np.quantile(np.abs(filters), 0.998)
     apart = np.pad(filters, ((0, 0), (0, 1 + context // 8), (0, 0)), constant_values=np.nan)
-    label = f"frames of the context, for each filter from {network.sizes.reach * cqt.frame_seconds * 1000:.0f} ms before the frame on"
+    label = f"frames of the context, for each filter from {network.sizes.lags[0] * cqt.frame_seconds * 1000:.0f} ms before the frame on"
     with _picture(path, plot, _filters_height(filters)) as figure:
         column = _filter_rows(figure, cqt, filters, f"Filters of the context, by their weight in the mapping{suffix}", label)
         for axes, row in zip(column, _filter_groups(apart), strict=True):

@@ -110,7 +110,7 @@ class Run:
 
     def __init__(self, fabric, params, shards, checkpoints):
         self.fabric, self.params, self.shards = fabric, params, shards
-        n_frames = n_frames_before(params.model.reach, params.train) + params.train.block
+        n_frames = n_frames_before(params.model.lags[0], params.train) + params.train.block
         usable = long_enough(shards.lines, n_frames)
         if (short := len(shards.lines) - len(usable)) and fabric.is_global_zero:
             least = f"{n_frames * shards.cqt.frame_seconds:.1f} s (train.block and what model.context reaches back)"

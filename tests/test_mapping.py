@@ -37,11 +37,12 @@ def test_features_follow_the_formula(gaps, lags):
     assert np.abs(extract_frames(frames, model) - by_the_formula(frames, model, lags)).max() < 1e-5
 
 
-@pytest.mark.parametrize("transposed", [0, 5])
-def test_features_equal_the_networks_mapping(transposed):
+@pytest.mark.parametrize(("transposed", "stretched"), [(0, 0), (5, 0), (0, 0.5), (5, 0.4), (5, 1)])
+def test_features_equal_the_networks_mapping(transposed, stretched):
     import torch
 
-    model, frames = tiny.model(sizes=tiny.SIZES.model_copy(update={"transposed": transposed})), tiny.frames(5000)
+    model = tiny.model(sizes=tiny.SIZES.model_copy(update={"transposed": transposed, "stretched": stretched}))
+    frames = tiny.frames(5000)
     y = torch.from_numpy(frames)[None]
     x = torch.cat([y[:, :1].expand(-1, model.sizes.reach, -1), y], 1)[:, :-1]
     with torch.inference_mode():
@@ -50,10 +51,11 @@ def test_features_equal_the_networks_mapping(transposed):
     assert np.array_equal(extract_frames(frames, model), extract_frames(frames, model.network))
 
 
-@pytest.mark.parametrize("transposed", [0, 5])
+@pytest.mark.parametrize(("transposed", "stretched"), [(0, 0), (5, 0), (5, 0.4)])
 @pytest.mark.parametrize("size", [7, 4095, 4096, 4097, 20000])
-def test_features_do_not_depend_on_blocks_or_threads(size, transposed):
-    frames, model = tiny.frames(9000), tiny.model(sizes=tiny.SIZES.model_copy(update={"transposed": transposed}))
+def test_features_do_not_depend_on_blocks_or_threads(size, transposed, stretched):
+    frames = tiny.frames(9000)
+    model = tiny.model(sizes=tiny.SIZES.model_copy(update={"transposed": transposed, "stretched": stretched}))
     whole = extract_frames(frames, model)
     with threadpool_limits(limits=2):
         blocks = [frames[:0], *(frames[start : start + size] for start in range(0, len(frames), size)), frames[:0]]
@@ -68,6 +70,22 @@ def test_features_are_the_mean_over_transpositions(bins):
     averaged = tiny.model(sizes=tiny.SIZES.model_copy(update={"transposed": bins}))
     expected = np.mean([extract_frames(transpose(frames, k), plain) for k in (-bins, 0, bins)], axis=0)
     assert np.abs(extract_frames(frames, averaged) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("bins", [0, 5])
+def test_contexts_are_read_faster_below_and_slower_above(bins):
+    frames, plain = tiny.frames(40), tiny.model()
+    stretched = tiny.model(sizes=tiny.SIZES.model_copy(update={"transposed": bins, "stretched": 0.5}))
+    readings = [(-bins, (6, 5, 3, 2, 1)), (0, (9, 7, 5, 3, 1)), (bins, (14, 11, 8, 5, 2))]
+    expected = np.mean([by_the_formula(transpose(frames, k), plain, lags) for k, lags in readings], axis=0)
+    assert np.abs(extract_frames(frames, stretched) - expected).max() < 1e-5
+
+
+def test_frames_of_a_context_that_is_read_faster_may_coincide():
+    model = tiny.model(sizes=tiny.SIZES.model_copy(update={"dilation": 1, "stretched": 1}))
+    frames, readings = tiny.frames(40), [(3, 2, 2, 1, 1), (5, 4, 3, 2, 1), (10, 8, 6, 4, 2)]
+    expected = np.mean([by_the_formula(frames, model, lags) for lags in readings], axis=0)
+    assert np.abs(extract_frames(frames, model) - expected).max() < 1e-5
 
 
 def test_features_never_look_ahead():

@@ -487,7 +487,12 @@ def test_what_breaks_the_contract_is_refused(saved, change):
 
 
 @pytest.mark.parametrize(
-    ("unsaid", "taken"), [(["growth", "transposed"], {"growth": 0}), (["dilation", "growth", "transposed"], {"dilation": 1, "growth": 0})]
+    ("unsaid", "taken"),
+    [
+        (["stretched"], {}),
+        (["growth", "transposed", "stretched"], {"growth": 0}),
+        (["dilation", "growth", "transposed", "stretched"], {"dilation": 1, "growth": 0}),
+    ],
 )
 def test_an_older_file_has_the_context_and_the_key_of_its_time(saved, unsaid, taken):
     header, data = parts(saved)

@@ -82,7 +82,7 @@ def test_imported_weights_give_the_originals_mapping(cgae, tmp_path, form):
 
     model = gae.load_model(tmp_path / "imported.safetensors")
     assert model.cqt == Cqt(sample_rate=22050, hop_length=448, fmin=65.4, n_bins=120, bins_per_octave=24, compression="none")
-    assert model.sizes.input_scale == 1 and model.sizes.context == 9 and model.sizes.transpositions == [0]
+    assert model.sizes.input_scale == 1 and model.sizes.context == 9 and model.sizes.readings == [(0, list(range(9, 0, -1)))]
     assert model.facts["imported"]["name"] == "model.save"
 
     frames = tiny.frames(300, n_bins=120)

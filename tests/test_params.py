@@ -124,6 +124,18 @@ def test_lags_of_the_context():
     assert len(lags()) == 21 and lags()[-1] == 1 and min(gaps) >= 1 and max(gaps) == gaps[0] == 5
 
 
+def test_readings_of_the_context():
+    def readings(**model):
+        return params.Model(context=3, growth=0, dilation=2, **model).readings
+
+    assert readings(transposed=0, stretched=0) == [(0, [5, 3, 1])]
+    assert readings(transposed=4, stretched=0) == [(-4, [5, 3, 1]), (0, [5, 3, 1]), (4, [5, 3, 1])]
+    assert readings(transposed=4, stretched=0.5) == [(-4, [3, 2, 1]), (0, [5, 3, 1]), (4, [8, 5, 2])]
+    assert readings(transposed=0, stretched=1) == [(0, [3, 2, 1]), (0, [5, 3, 1]), (0, [10, 6, 2])]
+    assert params.Model(context=3, growth=0, dilation=2, stretched=1).reach == 10
+    assert params.Model(context=3, growth=0, dilation=2, stretched=0).reach == 5
+
+
 def test_the_limits_themselves_are_allowed(load):
     assert load("{train: {block: 10}, model: {context: 9, growth: 0}}").train.block == 10
     assert load("{train: {block: 18}, model: {context: 9, dilation: 2, growth: 0}}").train.block == 18

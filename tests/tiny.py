@@ -13,7 +13,7 @@ from gae.params import Cqt
 from gae.params import Model as Sizes
 
 CQT = Cqt(sample_rate=8000, hop_length=256, fmin=110.0, n_bins=36, bins_per_octave=12)
-SIZES = Sizes(n_factors=24, n_hidden=10, n_maps=7, context=5, dilation=2, growth=0, input_scale=3.0, transposed=0)
+SIZES = Sizes(n_factors=24, n_hidden=10, n_maps=7, context=5, dilation=2, growth=0, input_scale=3.0, transposed=0, stretched=0)
 
 
 def model(seed=0, cqt=CQT, sizes=SIZES):
