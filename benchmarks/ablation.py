@@ -67,6 +67,7 @@ DEFAULT = {  # on the built-in hour
     "factors-512": ["model.n_factors=512"],
     "hidden-256": ["model.n_hidden=256"],
     "transposed-0": ["model.transposed=0"],
+    "stretched-0": ["model.stretched=0"],
     "hop-896": ["cqt.hop_length=896"],
 }
 LONG_LIST = [  # what both of the next have

@@ -1,7 +1,8 @@
 """The shipped weights beside those that the original implementation publishes, on music and sounds neither was trained on.
 
-    python benchmarks/published.py [--weights FILE_OR_NAME ...] [--transposed BINS ...] [--soundfont FILE.sf2] [--jkupdd FOLDER]
-                                   [--performances FOLDER] [--cents CENTS] [--corpus data/corpus] [--out FILE.json]
+    python benchmarks/published.py [--weights FILE_OR_NAME ...] [--transposed BINS ...] [--stretched SHARE ...]
+                                   [--soundfont FILE.sf2] [--jkupdd FOLDER] [--performances FOLDER] [--cents CENTS]
+                                   [--corpus data/corpus] [--out FILE.json]
 
 piano       the JKU Patterns Development Database (T. Collins, 2013: its .mid and -poly.csv files in one folder, by default
             ../shared/data/jkupdd) played with a SoundFont of your choice (Debian's fluid-soundfont-gm has one), human-like in
@@ -10,7 +11,9 @@ piano       the JKU Patterns Development Database (T. Collins, 2013: its .mid an
             each piece is there in three takes that differ in little but tempo, so once more with one take of each (piano, 1 take)
 performed   human performances on the piano, pedal and all, minutes of them played with the same SoundFont, as they are and transposed: ten
             of MAESTRO (C. Hawthorne et al., 2019), which lie in the source archive of MidiTok (`pip download --no-deps --no-binary :all:
-            miditok==3.1.0`, its folder tests/MIDIs_one_track)
+            miditok==3.1.0`, its folder tests/MIDIs_one_track);
+            also alignment with a plain rendering of the same notes: chords struck together, equally loud, no pedal, another piano, at
+            another tempo (0.7 to 1.4 times) that comes and goes by a fifth
 wesnoth, hyperrogue, warzone2100, singularity
             one minute each of up to 24 pieces of the music of a game (Debian's packages wesnoth-1.16-music, hyperrogue-music,
             warzone2100-music, singularity-music), as it is and shifted by Rubber Band (rubberband-cli)
@@ -21,9 +24,10 @@ Figures stand with their standard errors, by bootstrap over the pieces; a table 
 all figures, is not measured again where it has them, and may be written to by several at once. Sets whose material or tools are missing
 are left out. The published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae
 import-weights model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They are
-also shown with our frames, which are compressed. `--transposed` shows all of ours once more with features over other transpositions than
-they say (`model.transposed`, on which no step of a training depends). Beside the weights stands the constant-Q transform of the first of
-them, moved back by the known interval, a frame alone and with all those that the weights see.
+also shown with our frames, which are compressed. `--transposed` and `--stretched` show all of ours once more with features over other
+transpositions and tempi than they say (`model.transposed`, `model.stretched`, on which no step of a training depends). Beside the weights
+stands the constant-Q transform of the first of them, moved back by the known interval, a frame alone and with all those that the weights
+see.
 """
 
 import argparse
@@ -53,7 +57,7 @@ from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, 
 from gae.modelfile import SHIPPED
 from gae.original import from_arrays
 from gae.scores import NOTE
-from gae.synthesis import COMPASS, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
+from gae.synthesis import COMPASS, SAMPLE_RATE, STEADY, Manner, Performance, Take, perform, synthesise
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 RECORDINGS = {
@@ -66,7 +70,7 @@ TEMPI = {"wtc2f20": 84, "sonata01-3": 192, "mazurka24-4": 138, "silverswan": 54,
 FREE = Manner(rubato=0.15, jitter=0.015, dynamics=14.0, accents=8.0, slowing=0.5, held=(0.6, 1.05))
 SHIFTS = [k for k in range(-6, 7) if k]
 FRAMES, STACK = 100, 8  # frames a track, frames stacked
-COLUMNS = ["performed", "piano", "piano, 1 take", *RECORDINGS, "corpus", "beats, piano", "beats, corpus", "error"]  # of the table
+COLUMNS = ["performed", "piano", "piano, 1 take", *RECORDINGS, "corpus", "beats, performed", "beats, piano", "beats, corpus", "error"]
 HOP = 0.04  # s, about the hop of alignment
 TAKES = 3  # of each piece for the piano
 
@@ -106,18 +110,65 @@ def performed_pairs(midi, soundfont, folder):
     import midirenderer
 
     pairs = []
+    for number, (piece, start, part) in enumerate(minutes(midi)):
+        k, rendered = int(np.random.default_rng(number).choice(SHIFTS)), []
+        for shift in (0, k):
+            wave = midirenderer.render_wave_from(Path(soundfont).read_bytes(), minute_from(start, part, shift))
+            rendered.append(folder / f"performed-{number}-{shift}.wav")
+            rendered[-1].write_bytes(wave)
+        pairs.append((piece, *rendered, k))
+    return pairs
+
+
+def performed_plainly(midi, soundfont, folder):
+    """Alignments to make with the same minutes, played plainly at another tempo: as `piano_performances`. Beats are chords or notes."""
+    tasks = []
+    for number, (piece, start, part) in enumerate(minutes(midi)):
+        rng, k = np.random.default_rng([number, 1]), int(np.random.default_rng(number).choice(SHIFTS))
+        played = sorted((n for n in part.notes if start <= n.start < start + 60 and 27 < n.pitch <= 102), key=lambda note: note.start)
+        notes = np.zeros(len(played), NOTE)
+        notes["pitch"] = [note.pitch for note in played]
+        chords = together(np.array([note.start - start for note in played]))
+        ends = np.array([note.end - start for note in played])
+        seconds = np.arange(0, 70, 0.05)
+        tempo = np.exp(rng.uniform(np.log(0.7), np.log(1.4)) + 0.2 * wandering(seconds, rng))
+        plain = 0.25 + np.concatenate([[0], np.cumsum(0.05 / tempo[:-1])])
+        onsets = np.interp(chords, seconds, plain)
+        ends = np.maximum(onsets + 0.05, np.interp(ends, seconds, plain))
+        steady = Performance(onsets, ends, np.full(len(notes), 80), seconds, plain)
+        beats = np.unique(chords)
+        beats = beats[np.diff(beats, prepend=-1) > 0.2]
+        task = {"piece": piece, "k": k, "beats": {"score": steady.times(beats), "performance": beats}}
+        for kind, shift in (("original", 0), ("transposed", k)):
+            task[kind] = folder / f"plain-{number}-{kind}.wav"
+            samples = synthesise(notes, Take(steady, (1,), shift), steady.duration, Path(soundfont).read_bytes())
+            soundfile.write(task[kind], samples, SAMPLE_RATE)
+        tasks.append(task | {"performance": folder / f"performed-{number}-0.wav"})
+    return tasks
+
+
+def minutes(midi):
+    """The piece, the first second and the part of each of the minutes of MAESTRO's performances in a folder."""
     for path in sorted(Path(midi).glob("Maestro_*.mid")):
         played = pretty_midi.PrettyMIDI(str(path))
         count = min(3, 1 + int(played.get_end_time() // 240))
         for number in range(count):
-            start = played.get_end_time() * (number + 0.5) / count - 30
-            k, rendered = int(np.random.default_rng(len(pairs)).choice(SHIFTS)), []
-            for shift in (0, k):
-                wave = midirenderer.render_wave_from(Path(soundfont).read_bytes(), minute_from(start, played.instruments[0], shift))
-                rendered.append(folder / f"{path.stem}-{number}-{shift}.wav")
-                rendered[-1].write_bytes(wave)
-            pairs.append((path.stem, *rendered, k))
-    return pairs
+            yield path.stem, played.get_end_time() * (number + 0.5) / count - 30, played.instruments[0]
+
+
+def together(onsets, within=0.04):
+    """Onsets (n,) in s, in order, those that follow the first of a chord within so many s moved to it."""
+    chords = onsets.copy()
+    for number in range(1, len(onsets)):
+        if onsets[number] - chords[number - 1] <= within:
+            chords[number] = chords[number - 1]
+    return chords
+
+
+def wandering(seconds, rng):
+    """A smooth curve of unit variance over time, with periods of a beat or two up to half a minute: (n,)."""
+    periods, phases = np.exp(rng.uniform(np.log(2), np.log(30), 5)), rng.random(5)
+    return np.sin(2 * np.pi * (seconds[:, None] / periods + phases)).sum(axis=1) / np.sqrt(2.5)
 
 
 def minute_from(start, part, shift):
@@ -271,14 +322,17 @@ def errors_of(pairs, model, function):
     return figures([piece for piece, *_ in pairs], [[function(frames, np.random.default_rng(n))] for n, frames in enumerate(originals)])
 
 
-def kinds_of(weights, transpositions):
+def kinds_of(weights, transpositions, stretches):
     """What is compared, by label: model, `represent` as `invariance` and `alignment` take it, and whether the model rebuilds frames."""
     models = {label(file): gae.load_model(file) for file in weights}
     if len(models) < len(weights):
         sys.exit("--weights: two files of one name, which stands for them in tables; rename one")
     ours = next(iter(models.values()))
-    for (name, model), bins in itertools.product(list(models.items()), transpositions):
-        models[f"{name}, {bins} bins"] = replace(model, sizes=model.sizes.model_copy(update={"transposed": bins}))
+    if transpositions or stretches:
+        for (name, model), bins, share in itertools.product(list(models.items()), transpositions or [None], stretches or [None]):
+            named = [name, *([f"{bins} bins"] if bins is not None else []), *([f"stretched {share:g}"] if share is not None else [])]
+            changes = {key: value for key, value in (("transposed", bins), ("stretched", share)) if value is not None}
+            models[", ".join(named)] = replace(model, sizes=model.sizes.model_copy(update=changes))
     if (SHARED / "cgae_pretrained.npz").exists():
         models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
         models["published, our frames"] = replace(models["published"], cqt=ours.cqt)
@@ -298,6 +352,7 @@ def material(given, folder):
     sets, performances = {}, {}
     if Path(given.soundfont).exists() and given.performances:
         sets["performed"] = performed_pairs(given.performances, given.soundfont, folder)
+        performances["performed"] = performed_plainly(given.performances, given.soundfont, folder)
     if Path(given.soundfont).exists() and given.jkupdd.exists():
         sets["piano"] = piano_pairs(given.jkupdd, given.soundfont, folder)
         sets["piano, 1 take"] = sets["piano"][::TAKES]
@@ -335,6 +390,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=SHIPPED, help="model files, or names of shipped weights (default: all of these)")
     parser.add_argument("--transposed", nargs="+", type=int, default=[], metavar="BINS", help="show features over these transpositions too")
+    parser.add_argument("--stretched", nargs="+", type=float, default=[], metavar="SHARE", help="show features over these tempi too")
     parser.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     parser.add_argument("--jkupdd", type=Path, default=SHARED / "jkupdd")
     parser.add_argument("--performances", type=Path, help="a folder with MAESTRO's Maestro_*.mid")
@@ -345,7 +401,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         out = given.out or Path(folder, "results.json")
         sets, performances = material(given, Path(folder))
-        kinds = kinds_of(given.weights, given.transposed)
+        kinds = kinds_of(given.weights, given.transposed, given.stretched)
         for name, kind in kinds.items():
             for column, measure in measures(sets, performances, *kind).items():
                 if column not in measured(out).get(name, {}):
