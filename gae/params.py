@@ -132,7 +132,7 @@ class Model(Section):
         0.4,
         ge=0,
         le=1,
-        description="share by which contexts are read faster for those below and slower for those above; 0 is the original's",
+        description="share by which contexts are read faster where moved down and slower where moved up; 0 is the original's",
     )
 
     @model_validator(mode="after")
