@@ -160,7 +160,7 @@ class Model(Section):
     def readings(self):
         """For each of the mappings whose mean the features are: by how many bins the input is moved, and the lags of its context.
 
-        A list of (int, list of int). Moved down a context is read faster, so as if it were played slower than it is, moved up slower.
+        A list of (int, list of int). A context that is read slower, as by who plays slower, reaches further back.
         """
         if not (self.transposed or self.stretched):
             return [(0, self.lags)]
