@@ -26,8 +26,7 @@ are left out. The published weights are read from ../shared/data/cgae_pretrained
 import-weights model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They are
 also shown with our frames, which are compressed. `--transposed` and `--stretched` show all of ours once more with features over other
 transpositions and tempi than they say (`model.transposed`, `model.stretched`, on which no step of a training depends). Beside the weights
-stands the constant-Q transform of the first of them, moved back by the known interval, a frame alone and with all those that the weights
-see.
+stands the constant-Q transform of the first of them, moved back by the known interval, a frame alone and with all those of the context.
 """
 
 import argparse
@@ -264,7 +263,7 @@ def shifted_back(model, path, k):
 
 
 def shifted_back_in_context(model, path, k):
-    """The same, each beside the frames that the model's features see too: (n_frames, (context + 1) n_bins)."""
+    """The same, each beside the frames of the model's context: (n_frames, (context + 1) n_bins)."""
     return np.concatenate(list(delayed(shifted_back(model, path, k), [*model.sizes.lags, 0])), axis=1)
 
 

@@ -80,7 +80,7 @@ def stepper(module, loss):
 
 def ours(values, frames):
     """One step of our training by the objective, optimiser and stride of the parameters."""
-    settings, reach = values.train, values.model.reach
+    settings, reach = values.train, values.model.lags[0]
     model = GatedAutoencoder(values.cqt.n_bins, values.model)
     optimisers = optimisers_of(model, settings)
     fabric = Fabric(accelerator="cpu", precision=PRECISIONS[settled(settings).precision])
@@ -104,7 +104,7 @@ def ours(values, frames):
 
 def contexts(values):
     """The contexts of both sides of a batch, as in `gae.batches.Batch`."""
-    train, reach = values.train, values.model.reach
+    train, reach = values.train, values.model.lags[0]
     starts = torch.arange(2 * train.batch).view(2, -1, 1, 1) * (train.block + reach)
     return starts + torch.arange(0, train.block, train.stride)[:, None] + reach - torch.tensor(values.model.lags)
 
@@ -154,7 +154,7 @@ def trained(shards, changes, steps=2000):
 def unit_frames(values):
     """Random frames of unit norm for one side of a batch."""
     train = values.train
-    return F.normalize(torch.randn(train.batch, train.block + values.model.reach, values.cqt.n_bins), dim=-1)
+    return F.normalize(torch.randn(train.batch, train.block + values.model.lags[0], values.cqt.n_bins), dim=-1)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Excerpts:
     Attributes
     ----------
     n_before : int
-        Frames of an excerpt before its block: as many as the context reaches back, at the slowest reading.
+        Frames of an excerpt before its block: as many as the context reaches back, at the slowest tempo.
     """
 
     def __init__(self, shards, lines, lags, train, rank=0, world=1):
@@ -204,7 +204,7 @@ def _work_alone():
 
 
 def n_frames_before(reach, train):
-    """Frames that an excerpt needs before the first that is set against a context, which reaches back by `reach`."""
+    """Frames that an excerpt needs before the first that is set against a context, which reaches back by `reach` at its own tempo."""
     return math.ceil(reach * (1 + train.stretch)) if train.objective == "invariance" else reach
 
 

@@ -34,7 +34,7 @@ class Kind:
     rows : str
         Of which of the rows of `_represent` it is made.
     context : bool
-        Each row beside those before it that our features see.
+        Each row beside those before it that lie in the context of our model.
     rotated : bool
         In all 12 keys, of which the best counts.
     """

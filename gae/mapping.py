@@ -43,7 +43,7 @@ def extract_blocks(blocks, model):
     """Features of a recording whose frames arrive block by block, in constant memory.
 
     The frames are mapped over a fixed grid by one thread, so the result is the same, bit for bit, however they arrive and
-    however many cores there are.
+    however many cores there are (but while another thread holds a limit of threadpoolctl's, which then nobody else can change).
 
     Parameters
     ----------

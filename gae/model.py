@@ -90,7 +90,7 @@ class GatedAutoencoder(nn.Module):
         return F.linear(y, self.filters_y * self.sizes.input_scale)
 
     def mapping(self, x, y):
-        """The features: what relates y to the frames before it, whatever the key.
+        """The features: what relates y to the frames before it, whatever the key and, within limits, the tempo.
 
         The mean of what `relate` makes of x and y as they are; moved by `sizes.transposed` bins down, with contexts read faster by
         `sizes.stretched`; and moved up, with contexts read as much slower. What a mapping still has of the key and of the tempo
@@ -113,7 +113,7 @@ class GatedAutoencoder(nn.Module):
         return torch.stack(made).mean(0)
 
     def relate(self, x_factors, y_factors):
-        """The mapping of one transposition from filter responses, both (batch, n_frames, n_factors)."""
+        """The mapping of one reading from filter responses, both (batch, n_frames, n_factors)."""
         return torch.tanh(self.map_2(torch.tanh(self.map_1(x_factors * y_factors))))
 
     def reconstruct(self, mapping, x):

@@ -143,10 +143,10 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _bounded_reach(self):
-        if self.lags[0] > _FURTHEST:
+        if self.reach > _FURTHEST:
             raise ValueError(
-                f"model.context: {self.context} frames reach back {self.lags[0]} with model.dilation {self.dilation} "
-                f"and model.growth {self.growth:g}, allowed: up to {_FURTHEST}"
+                f"model.context: {self.context} frames reach back {self.reach} with model.dilation {self.dilation}, "
+                f"model.growth {self.growth:g} and model.stretched {self.stretched:g}, allowed: up to {_FURTHEST}"
             )
         return self
 
@@ -164,9 +164,9 @@ class Model(Section):
         """
         if not (self.transposed or self.stretched):
             return [(0, self.lags)]
-        slower = 1 + self.stretched
+        slower = 1 + self.stretched  # at most 2: a lag of 1 stays one
         moves = [(-self.transposed, 1 / slower), (0, 1), (self.transposed, slower)]
-        return [(bins, [max(1, math.floor(tempo * lag + 0.5)) for lag in self.lags]) for bins, tempo in moves]
+        return [(bins, [math.floor(tempo * lag + 0.5) for lag in self.lags]) for bins, tempo in moves]
 
     @property
     def reach(self):

@@ -120,7 +120,7 @@ class Run:
         self.data = digest([listed, shards.cqt.model_dump(), dtypes])
         code = code_digest(["batches", "cqt", "measures", "model", "muon", "processes", "train"], ["numpy", "torch"])
         frames = sorted({track.code for track in shards.tracks.values()})
-        recipe = digest([params.model.model_dump(), params.model.lags, recipe_of(params.train), self.data, frames, code])
+        recipe = digest([params.model.model_dump(), params.model.readings, recipe_of(params.train), self.data, frames, code])
         agreed(fabric, recipe)
         lines, held_out = split(usable, params.train.validation)
         self.excerpts = Excerpts(shards, lines, params.model.lags, params.train, fabric.global_rank, fabric.world_size)
@@ -353,7 +353,7 @@ class Validation:
     lines : list of list of Track
         May be empty.
     reach : int
-        Frames that the context reaches back.
+        Frames that the features look back.
     seed : int
     """
 

@@ -102,8 +102,29 @@ def test_the_docs_say_what_was_measured_on_unseen_music(name):
 
 
 def test_files_of_figures_agree_on_the_shipped_weights():
-    rows = [json.loads((ROOT / f"docs/unseen-{name}.json").read_text())["pretrained"] for name in ("shipped", "128-maps", "transposed")]
-    assert rows[0] == rows[1] == rows[2]
+    shipped, maps, means = (json.loads((ROOT / f"docs/unseen-{name}.json").read_text()) for name in ("shipped", "128-maps", "transposed"))
+    for name in ("pretrained", "pretrained-fast"):
+        assert shipped[name] == means[name]
+    assert maps["pretrained, stretched 0"].items() <= means["pretrained, 10 bins, stretched 0"].items()
+
+
+def test_features_over_other_transpositions_and_tempi_are_named_and_made_by_them():
+    import published
+
+    named = {
+        name: (model.sizes.transposed, model.sizes.stretched)
+        for name, (model, *_) in published.kinds_of(["pretrained"], [0], [0, 0.2]).items()
+    }
+    assert named["pretrained"] == (10, 0.4)
+    assert named["pretrained, 0 bins, stretched 0"] == (0, 0) and named["pretrained, 0 bins, stretched 0.2"] == (0, 0.2)
+    assert "pretrained, stretched 0.6" in published.kinds_of(["pretrained"], [], [0.6])
+    assert "pretrained, 6 bins" in published.kinds_of(["pretrained"], [6], [])
+
+
+def test_notes_of_a_chord_are_struck_together():
+    import published
+
+    assert published.together(np.array([0, 0.02, 0.035, 0.05, 0.3, 0.33])).tolist() == [0, 0, 0, 0.05, 0.3, 0.3]
 
 
 def test_the_docs_say_what_was_measured_on_the_built_in_hour():

@@ -88,11 +88,12 @@ def test_frames_of_a_context_that_is_read_faster_may_coincide():
     assert np.abs(extract_frames(frames, model) - expected).max() < 1e-5
 
 
-def test_features_never_look_ahead():
-    frames = tiny.frames(600)
+@pytest.mark.parametrize("stretched", [0, 0.5])
+def test_features_never_look_ahead(stretched):
+    frames, model = tiny.frames(600), tiny.model(sizes=tiny.SIZES.model_copy(update={"stretched": stretched}))
     changed = frames.copy()
     changed[520:] = tiny.frames(80, seed=1)
-    before, after = extract_frames(frames, tiny.model()), extract_frames(changed, tiny.model())
+    before, after = extract_frames(frames, model), extract_frames(changed, model)
     assert np.abs(before[:520] - after[:520]).max() < 1e-5  # the transform's rounding
     assert (np.abs(before[520:] - after[520:]).max(axis=1) > 1e-3).all()
 

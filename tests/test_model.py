@@ -118,6 +118,14 @@ def test_the_reconstruction_follows_the_formula(network):
     assert np.abs(expected).max() > 0.1 and np.allclose(made, expected, atol=1e-5)
 
 
+def test_frames_are_rebuilt_from_the_context_as_it_is_whatever_tempi_the_features_are_means_over(network):
+    stretched = GatedAutoencoder(BINS, SIZES.model_copy(update={"stretched": 0.5}))
+    stretched.load_state_dict(network.state_dict())
+    x, mapping = excerpts()[0], torch.rand(3, 12, SIZES.n_maps)
+    further = torch.cat([torch.randn(3, stretched.sizes.reach - REACH, BINS), x], 1)
+    assert torch.allclose(stretched.reconstruct(mapping, further), network.reconstruct(mapping, x), atol=1e-6)
+
+
 def test_a_context_may_lie_anywhere(network):
     x, _ = excerpts()
     rows = torch.from_numpy(np.random.default_rng(0).integers(0, x.shape[0] * x.shape[1], (4, 2, CONTEXT)))
@@ -277,8 +285,8 @@ def test_the_objective_of_invariance_follows_the_formula(network, contrast_frame
 
 
 @pytest.mark.parametrize("objective", ["reconstruction", "invariance"])
-def test_what_is_trained_is_one_mapping_not_the_mean_over_transpositions(network, objective):
-    averaged = GatedAutoencoder(BINS, SIZES.model_copy(update={"transposed": 5}))
+def test_what_is_trained_is_one_mapping_not_the_mean_over_transpositions_and_tempi(network, objective):
+    averaged = GatedAutoencoder(BINS, SIZES.model_copy(update={"transposed": 5, "stretched": 0.5}))
     averaged.load_state_dict(network.state_dict())
     changes = {"objective": objective, "contrast": 0.3, "sparsity": 1e-2}
     one, other = (Objective(model, settings(**changes))(*two_sides(), 0.3) for model in (network, averaged))
