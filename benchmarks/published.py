@@ -56,7 +56,7 @@ from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, 
 from gae.modelfile import SHIPPED
 from gae.original import from_arrays
 from gae.scores import NOTE
-from gae.synthesis import COMPASS, SAMPLE_RATE, STEADY, Manner, Performance, Take, perform, synthesise
+from gae.synthesis import COMPASS, SAMPLE_RATE, STEADY, Manner, Take, perform, synthesise
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 RECORDINGS = {
@@ -67,6 +67,7 @@ RECORDINGS = {
 }
 TEMPI = {"wtc2f20": 84, "sonata01-3": 192, "mazurka24-4": 138, "silverswan": 54, "sonata04-2": 120}  # quarter notes a minute
 FREE = Manner(rubato=0.15, jitter=0.015, dynamics=14.0, accents=8.0, slowing=0.5, held=(0.6, 1.05))
+PLAIN = Manner(rubato=0.2, jitter=0.0, dynamics=0.0, accents=0.0, slowing=0.0, held=(1.0, 1.0))
 SHIFTS = [k for k in range(-6, 7) if k]
 FRAMES, STACK = 100, 8  # frames a track, frames stacked
 COLUMNS = ["performed", "piano", "piano, 1 take", *RECORDINGS, "corpus", "beats, performed", "beats, piano", "beats, corpus", "error"]
@@ -124,24 +125,18 @@ def performed_plainly(midi, soundfont, folder):
     tasks = []
     for number, (piece, start, part) in enumerate(minutes(midi)):
         rng, k = np.random.default_rng([number, 1]), int(np.random.default_rng(number).choice(SHIFTS))
-        played = sorted((n for n in part.notes if start <= n.start < start + 60 and 27 < n.pitch <= 102), key=lambda note: note.start)
+        within = [note for note in part.notes if start <= note.start < start + 60 and COMPASS[0] + 6 < note.pitch <= COMPASS[1] - 6]
+        played = sorted(within, key=lambda note: note.start)
         notes = np.zeros(len(played), NOTE)
         notes["pitch"] = [note.pitch for note in played]
-        chords = together(np.array([note.start - start for note in played]))
-        ends = np.array([note.end - start for note in played])
-        seconds = np.arange(0, 70, 0.05)
-        tempo = np.exp(rng.uniform(np.log(0.7), np.log(1.4)) + 0.2 * wandering(seconds, rng))
-        plain = 0.25 + np.concatenate([[0], np.cumsum(0.05 / tempo[:-1])])
-        onsets = np.interp(chords, seconds, plain)
-        ends = np.maximum(onsets + 0.05, np.interp(ends, seconds, plain))
-        steady = Performance(onsets, ends, np.full(len(notes), 80), seconds, plain)
-        beats = np.unique(chords)
-        beats = beats[np.diff(beats, prepend=-1) > 0.2]
-        task = {"piece": piece, "k": k, "beats": {"score": steady.times(beats), "performance": beats}}
-        for kind, shift in (("original", 0), ("transposed", k)):
-            task[kind] = folder / f"plain-{number}-{kind}.wav"
-            samples = synthesise(notes, Take(steady, (1,), shift), steady.duration, Path(soundfont).read_bytes())
-            soundfile.write(task[kind], samples, SAMPLE_RATE)
+        notes["onset"] = 2 * together(np.array([note.start - start for note in played]))  # in quarters, of half a second each
+        notes["length"] = [2 * (note.end - note.start) for note in played]
+        plain = perform(notes, 120 * np.exp(rng.uniform(*np.log([0.7, 1.4]))), PLAIN, rng)
+        beats = np.unique(notes["onset"])
+        beats = beats[np.diff(beats, prepend=-1) > 0.4]
+        task = {"piece": piece, "k": k, "beats": {"score": plain.times(beats), "performance": beats / 2}}
+        takes = {"original": Take(plain, (1,), 0), "transposed": Take(plain, (1,), k)}
+        task |= rendered(notes, takes, soundfont, folder, f"plain-{number}")
         tasks.append(task | {"performance": folder / f"performed-{number}-0.wav"})
     return tasks
 
@@ -162,12 +157,6 @@ def together(onsets, within=0.04):
         if onsets[number] - chords[number - 1] <= within:
             chords[number] = chords[number - 1]
     return chords
-
-
-def wandering(seconds, rng):
-    """A smooth curve of unit variance over time, with periods of a beat or two up to half a minute: (n,)."""
-    periods, phases = np.exp(rng.uniform(np.log(2), np.log(30), 5)), rng.random(5)
-    return np.sin(2 * np.pi * (seconds[:, None] / periods + phases)).sum(axis=1) / np.sqrt(2.5)
 
 
 def minute_from(start, part, shift):
@@ -206,12 +195,18 @@ def piano_performances(jkupdd, soundfont, folder):
                 "transposed": Take(steady, (0,), k),
                 "performance": Take(free, (1,), 0),
             }
-            for kind, played in takes.items():
-                task[kind] = folder / f"{name}-{take}-{kind}.wav"
-                samples = synthesise(notes, played, played.performance.duration, Path(soundfont).read_bytes())
-                soundfile.write(task[kind], samples, SAMPLE_RATE)
+            task |= rendered(notes, takes, soundfont, folder, f"{name}-{take}")
             tasks.append(task)
     return tasks
+
+
+def rendered(notes, takes, soundfont, folder, name):
+    """The audio files of takes of the notes, by their kind."""
+    files = {kind: folder / f"{name}-{kind}.wav" for kind in takes}
+    for kind, take in takes.items():
+        samples = synthesise(notes, take, take.performance.duration, Path(soundfont).read_bytes())
+        soundfile.write(files[kind], samples, SAMPLE_RATE)
+    return files
 
 
 def corpus_performances(corpus):
