@@ -55,6 +55,7 @@ DEFAULT = {  # on the built-in hour
     "arranged-0": ["corpus.arranged=0"],
     "no-views": ["train.view_share=0"],
     "stretch-0": ["train.stretch=0"],
+    "stretch-0.5": ["train.stretch=0.5"],
     "equaliser-0.3": ["train.equaliser=0.3"],
     "shift-24": ["train.shift=24"],
     "context-9-of-9": ["model.context=9", "model.dilation=1", "model.growth=0"],  # the original's
@@ -68,6 +69,7 @@ DEFAULT = {  # on the built-in hour
     "hidden-256": ["model.n_hidden=256"],
     "transposed-0": ["model.transposed=0"],
     "stretched-0": ["model.stretched=0"],
+    "stretched-0.6": ["model.stretched=0.6"],
     "hop-896": ["cqt.hop_length=896"],
 }
 LONG_LIST = [  # what both of the next have

@@ -29,9 +29,10 @@ from gae.errors import ParamsError
 from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
 from gae.locks import alone
 from gae.scores import KINDS, Unplayable, arrange, catalogue, read_score
-from gae.synthesis import COMPASS, HUMAN, SAMPLE_RATE, STEADY, TAIL, Take, by_hand, draw_families, draw_programs, perform, synthesise
+from gae.synthesis import COMPASS, FREE, HUMAN, SAMPLE_RATE, STEADY, TAIL, Take, by_hand, draw_families, draw_programs, perform, synthesise
 
 _HELDOUT_SHIFT = 6  # semitones: a held-out piece is transposed by at most this
+_OTHER_TEMPI = (0.7, 1.4)  # times the score's, in which another player plays it
 _PRIVATE = ("melodies", "spec", "files")  # of a report: what corpus.json does not have
 _PLAYERS = ("music21", "midirenderer", "pretty_midi", "soundfile", "soxr")  # packages that decide how a piece sounds
 _SECONDS = (20.0, 210.0)  # shorter pieces are left out, longer ones end early
@@ -295,18 +296,18 @@ def _evaluation_takes(score, steady, tempo, lead, rng):
     lead = lead or next(family for family in families if family != "piano")
     other = next(family for family in families if family != lead)
     programs = draw_programs(lead, score.notes, [0, k], rng)
-    human = perform(score.notes, tempo * np.exp(0.12 * np.clip(rng.standard_normal(), -2, 2)), HUMAN, rng)
+    free = perform(score.notes, tempo * np.exp(rng.uniform(*np.log(_OTHER_TEMPI))), FREE, rng)
     return {
         "original": Take(steady, programs, 0),
         "transposed": Take(steady, programs, k),
-        "performance": Take(human, draw_programs(other, score.notes, [0], rng), 0),
+        "performance": Take(free, draw_programs(other, score.notes, [0], rng), 0),
     }
 
 
-def _beat_times(score, steady, human):
+def _beat_times(score, steady, free):
     """Times in s of the same beats in the score's rendering and in the performance."""
     beats = score.beats[score.beats <= score.notes["onset"].max()]
-    return {"score": steady.times(beats).round(4).tolist(), "performance": human.times(beats).round(4).tolist()}
+    return {"score": steady.times(beats).round(4).tolist(), "performance": free.times(beats).round(4).tolist()}
 
 
 def _sounds(take):

@@ -57,6 +57,7 @@ class Manner:
 
 STEADY = Manner(rubato=0.03, jitter=0.0, dynamics=5.0, accents=3.0, slowing=0.2, held=(0.93, 0.99))
 HUMAN = Manner(rubato=0.1, jitter=0.012, dynamics=10.0, accents=6.0, slowing=0.35, held=(0.8, 1.0))
+FREE = replace(HUMAN, rubato=0.2)
 
 
 @dataclass(frozen=True)
