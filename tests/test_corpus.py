@@ -347,7 +347,7 @@ def test_the_other_player_keeps_neither_the_tempo_of_the_score_nor_one_tempo(ren
             score, performance = (np.array(piece["beats"][side]) for side in ("score", "performance"))
             slower = np.diff(performance)[:-4] / np.diff(score)[:-4]
             assert 1 / 1.4 / 1.6 < np.median(slower) < 1 / 0.7 * 1.6
-            assert 0.08 < np.log(slower).std() < 0.4, piece["id"]
+            assert 0.13 < np.log(slower).std() < 0.4, piece["id"]
 
 
 def test_beats_are_heard_where_they_are_said_to_be(rendered):
