@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 import gae
 from gae import audio
+from gae.corpus import OTHER_TEMPI
 from gae.cqt import frames, transpose
 from gae.evaluate import TOLERANCES, copy_error, delayed, heldout_file, heldout_pieces, reconstruction_error
 from gae.mapping import extract_frames
@@ -66,7 +67,7 @@ RECORDINGS = {
     "singularity": "/usr/share/games/singularity/music",
 }
 TEMPI = {"wtc2f20": 84, "sonata01-3": 192, "mazurka24-4": 138, "silverswan": 54, "sonata04-2": 120}  # quarter notes a minute
-FREE = Manner(rubato=0.15, jitter=0.015, dynamics=14.0, accents=8.0, slowing=0.5, held=(0.6, 1.05))
+ROMANTIC = Manner(rubato=0.15, jitter=0.015, dynamics=14.0, accents=8.0, slowing=0.5, held=(0.6, 1.05))
 PLAIN = Manner(rubato=0.2, jitter=0.0, dynamics=0.0, accents=0.0, slowing=0.0, held=(1.0, 1.0))
 SHIFTS = [k for k in range(-6, 7) if k]
 FRAMES, STACK = 100, 8  # frames a track, frames stacked
@@ -131,7 +132,7 @@ def performed_plainly(midi, soundfont, folder):
         notes["pitch"] = [note.pitch for note in played]
         notes["onset"] = 2 * together(np.array([note.start - start for note in played]))  # in quarters, of half a second each
         notes["length"] = [2 * (note.end - note.start) for note in played]
-        plain = perform(notes, 120 * np.exp(rng.uniform(*np.log([0.7, 1.4]))), PLAIN, rng)
+        plain = perform(notes, 120 * np.exp(rng.uniform(*np.log(OTHER_TEMPI))), PLAIN, rng)
         beats = np.unique(notes["onset"])
         beats = beats[np.diff(beats, prepend=-1) > 0.4]
         task = {"piece": piece, "k": k, "beats": {"score": plain.times(beats), "performance": beats / 2}}
@@ -185,7 +186,7 @@ def piano_performances(jkupdd, soundfont, folder):
             rng = np.random.default_rng([number, take])
             notes = np.zeros(len(table), NOTE)
             notes["onset"], notes["pitch"], notes["length"] = table[:, 0] - table[:, 0].min(), table[:, 1], table[:, 3]
-            steady, free = perform(notes, tempo, STEADY, rng), perform(notes, tempo * rng.uniform(0.75, 1.25), FREE, rng)
+            steady, free = perform(notes, tempo, STEADY, rng), perform(notes, tempo * rng.uniform(0.75, 1.25), ROMANTIC, rng)
             lifted = free.times(2 * np.ceil(free.quarters_at(free.ends) / 2))  # the pedal, every two quarters
             free = replace(free, ends=np.where(rng.random(len(notes)) < 0.5, lifted, free.ends))
             beats, k = np.arange(math.ceil(notes["onset"].max())), int(rng.choice(SHIFTS))

@@ -31,8 +31,8 @@ from gae.locks import alone
 from gae.scores import KINDS, Unplayable, arrange, catalogue, read_score
 from gae.synthesis import COMPASS, FREE, HUMAN, SAMPLE_RATE, STEADY, TAIL, Take, by_hand, draw_families, draw_programs, perform, synthesise
 
+OTHER_TEMPI = (0.7, 1.4)  # times the score's, in which another player plays a held-out piece
 _HELDOUT_SHIFT = 6  # semitones: a held-out piece is transposed by at most this
-_OTHER_TEMPI = (0.7, 1.4)  # times the score's, in which another player plays it
 _PRIVATE = ("melodies", "spec", "files")  # of a report: what corpus.json does not have
 _PLAYERS = ("music21", "midirenderer", "pretty_midi", "soundfile", "soxr")  # packages that decide how a piece sounds
 _SECONDS = (20.0, 210.0)  # shorter pieces are left out, longer ones end early
@@ -290,13 +290,13 @@ def _views(score, played, params, rng, hand):
 
 
 def _evaluation_takes(score, steady, tempo, lead, rng):
-    """The takes of a held-out piece: as written, transposed, and another performance in another sound."""
+    """The takes of a held-out piece: as written, transposed, and by another player at another tempo, in another sound."""
     k = int(rng.choice([k for k in range(-_HELDOUT_SHIFT, _HELDOUT_SHIFT + 1) if k]))
     families = draw_families(score.notes, [0, k], rng)
     lead = lead or next(family for family in families if family != "piano")
     other = next(family for family in families if family != lead)
     programs = draw_programs(lead, score.notes, [0, k], rng)
-    free = perform(score.notes, tempo * np.exp(rng.uniform(*np.log(_OTHER_TEMPI))), FREE, rng)
+    free = perform(score.notes, tempo * np.exp(rng.uniform(*np.log(OTHER_TEMPI))), FREE, rng)
     return {
         "original": Take(steady, programs, 0),
         "transposed": Take(steady, programs, k),
