@@ -66,11 +66,13 @@ DEFAULT = {  # on the built-in hour
     "maps-128": ["model.n_maps=128"],
     "factors-128": ["model.n_factors=128"],
     "factors-512": ["model.n_factors=512"],
-    "hidden-256": ["model.n_hidden=256"],
+    "hidden-128": ["model.n_hidden=128"],
     "transposed-0": ["model.transposed=0"],
     "stretched-0": ["model.stretched=0"],
     "stretched-0.6": ["model.stretched=0.6"],
     "hop-896": ["cqt.hop_length=896"],
+    "octave-below": ["cqt.fmin=32.7", "cqt.n_bins=144"],  # C1 to C7
+    "octave-above": ["cqt.n_bins=144"],  # C2 to C8
 }
 LONG_LIST = [  # what both of the next have
     "data.train_list=data/pretrained.txt",
@@ -93,7 +95,7 @@ PRETRAINED = {  # those of other lists come last: frames that are on none are fo
     "stretch-0.25": ["train.stretch=0.25"],
     "no-views": ["train.view_share=0"],
     "equaliser-0.3": ["train.equaliser=0.3"],
-    "hidden-128": ["model.n_hidden=128"],
+    "hidden-128": DEFAULT["hidden-128"],
     "maps-128": ["model.n_maps=128"],
     "context-9-of-9": DEFAULT["context-9-of-9"],
     "context-21-of-21": DEFAULT["context-21-of-21"],

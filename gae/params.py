@@ -119,7 +119,7 @@ class Model(Section):
     """Sizes of the gated autoencoder."""
 
     n_factors: int = Field(256, ge=1, le=16384, description="filter pairs whose products are the factors")
-    n_hidden: int = Field(128, ge=1, le=16384, description="units of the lower mapping layer")
+    n_hidden: int = Field(256, ge=1, le=16384, description="units of the lower mapping layer")
     n_maps: int = Field(64, ge=1, le=16384, description="units of the top mapping layer: the features")
     context: int = Field(21, ge=1, le=255, description="frames of context x before the frame y, odd; the original's is 9")
     dilation: int = Field(1, ge=1, le=64, description="frames from one frame of the context to the next, nearest to y; 1 is the original's")
