@@ -80,10 +80,10 @@ def stepper(module, loss):
 
 def ours(values, frames):
     """One step of our training by the objective, optimiser and stride of the parameters."""
-    settings, reach = values.train, values.model.lags[0]
+    settings, reach = settled(values.train), values.model.lags[0]
     model = GatedAutoencoder(values.cqt.n_bins, values.model)
     optimisers = optimisers_of(model, settings)
-    fabric = Fabric(accelerator="cpu", precision=PRECISIONS[settled(settings).precision])
+    fabric = Fabric(accelerator="cpu", precision=PRECISIONS[settings.precision])
     objective = Objective(model, settings)
     module, *optimisers = fabric.setup(torch.compile(objective) if settings.compile else objective, *optimisers)
     sides = torch.stack([frames, frames])

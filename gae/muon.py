@@ -1,7 +1,7 @@
-"""Muon: an optimiser whose steps are equally long in all directions of a weight matrix.
+"""Muon in single precision: an optimiser whose steps are equally long in all directions of a weight matrix.
 
-PyTorch's own rounds to bfloat16, which takes a processor without products for it hundreds of times as long. This one keeps the
-precision of the weights, and makes up for it by working on the square of the shorter side.
+PyTorch's own rounds to bfloat16, which is twice as fast where the processor has products for it, and takes hundreds of times as long
+elsewhere. This one keeps the precision of the weights, and makes up for it by working on the square of the shorter side.
 """
 
 import math

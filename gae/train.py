@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -396,12 +397,13 @@ def split(lines, share):
 
 
 def optimisers_of(model, train):
-    """The optimisers of a model's weights: Muon for matrices and Adam for biases, or Adam for all."""
+    """The optimisers of a model's weights, in the precision of `train`: Muon for matrices and Adam for biases, or Adam for all."""
     matrices = [weight for weight in model.parameters() if weight.ndim == 2 and train.optimiser == "muon"]
     others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
     optimisers = [torch.optim.Adam(others, lr=train.learning_rate)]
     if matrices:
-        optimisers.append(Muon(matrices, lr=train.muon_rate))
+        muon = partial(torch.optim.Muon, weight_decay=0.0) if train.precision == "bf16" else Muon
+        optimisers.append(muon(matrices, lr=train.muon_rate))
     for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
         group["initial_lr"] = group["lr"]
     return optimisers

@@ -759,12 +759,12 @@ def test_a_job_of_slurm_with_other_hosts_than_asked_for_is_one_line(shards, tmp_
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
-def test_a_step_elsewhere_brings_nothing_of_the_processors(shards, monkeypatch, objective):
+@pytest.mark.parametrize(("objective", "precision"), [("invariance", "bf16"), ("invariance", "fp32"), ("reconstruction", "fp32")])
+def test_a_step_elsewhere_brings_nothing_of_the_processors(shards, monkeypatch, objective, precision):
     """Tensors of the meta device stand for a GPU's: whatever meets one of the processor's raises."""
     asked = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and asked(kind))  # which it does not know
-    settings = recipe(objective=objective, sparsity=1e-5, weight_decay=1e-5)
+    settings = recipe(objective=objective, precision=precision, sparsity=1e-5, weight_decay=1e-5)
     with Shards(shards) as frames:
         excerpts = Excerpts(frames, frames.lines, settings.model.lags, settings.train)
         batch = [torch.from_numpy(array).to("meta") for array in next(excerpts.batches(0, 1))]
