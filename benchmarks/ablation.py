@@ -112,7 +112,7 @@ def run(recipe, name, seed, steps, target):
     subprocess.run(["git", "restore", "params.yaml"], check=True)
     base, variations = RECIPES[recipe]
     changes = [*base, *variations[name]]
-    settings = [f"train.steps={same_frames(steps, changes)}", f"train.seed={seed}", *changes]
+    settings = [f"train.steps={same_frames(steps, changes)}", f"train.seed={seed}", "evaluate.baselines=false", *changes]
     options = [word for setting in settings for word in ("-S", setting)]
     experiment = "-".join([recipe, name, f"{steps}-steps", f"seed-{seed}"])
     subprocess.run(["dvc", "exp", "run", "-n", experiment, *options, target], check=True, stdout=sys.stderr)

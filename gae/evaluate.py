@@ -64,7 +64,8 @@ def evaluate(params, corpus, out, metrics, text):
     Parameters
     ----------
     params : gae.params.Params
-        Reads evaluate, compute, and convert.weights: the model to judge, by its own CQT parameters throughout.
+        Reads evaluate, compute, and convert.weights: the model to judge, by its own CQT parameters throughout. Without
+        `evaluate.baselines` no other kind of feature is judged.
     corpus : Path
         Folder of `gae.corpus`.
     out : Path
@@ -189,15 +190,16 @@ def judge(item, corpus, model, settings):
     rng = np.random.default_rng([settings.seed, number])
     apart = np.random.default_rng([settings.seed, number, 1])  # lest the number of frames to find change the error
     starts = _draw(min(len(original["cqt"]), len(transposed["cqt"])), settings, rng, piece)
-    lags = {name: [*model.sizes.lags, 0] if kind.context else [0] for name, kind in KINDS.items()}
+    kinds = KINDS if settings.baselines else {"gae": KINDS["gae"]}
+    lags = {name: [*model.sizes.lags, 0] if kind.context else [0] for name, kind in kinds.items()}
     return {
         "samples": {
             name: [_sample(take[kind.rows], lags[name], starts, settings) for take in (original, transposed)]
-            for name, kind in KINDS.items()
+            for name, kind in kinds.items()
         },
         "alignment": {
             (name, key): _beats_found(kind, lags[name], score, performance, piece["beats"], model.cqt, settings)
-            for name, kind in KINDS.items()
+            for name, kind in kinds.items()
             for key, score in (("transposed", transposed), ("untransposed", original))
             if piece["beats"]["score"]
         },
@@ -253,7 +255,7 @@ def comparison(figures):
     Each figure has its standard error over the pieces beside it, `<figure>_se`.
     """
     rows = {}
-    for kind in KINDS:
+    for kind in _judged(figures):
         found, aligned = figures["invariance"][kind], figures["alignment"][kind]
         rows[kind] = {name + error: found[name + error] for name in ("top1", "top1_stacked") for error in ("", "_se")}
         for key, named in (("transposed", ""), ("untransposed", "_untransposed")):
@@ -270,16 +272,21 @@ def table(figures):
         _line(f"{figures['pieces']} held-out pieces", ["nearest of all", "", "beats, transposed", "", "", "beats, as written"]),
         _line("percent ± standard error", ["1 frame", "stacked", *spans, *spans]),
     ]
-    for kind, described in KINDS.items():
+    for kind in _judged(figures):
         aligned = figures["alignment"][kind]
         columns = [(figures["invariance"][kind], name) for name in ("top1", "top1_stacked")]
         columns += [(aligned[key], name) for key in ("transposed", "untransposed") for name in TOLERANCES]
-        lines.append(_line(described.label, [f"{group[name]:5.1f} ± {group[name + '_se']:.1f}" for group, name in columns]))
+        lines.append(_line(KINDS[kind].label, [f"{group[name]:5.1f} ± {group[name + '_se']:.1f}" for group, name in columns]))
     rebuilt, speed = figures["reconstruction"], figures["speed"]
     error, copied = (f"{rebuilt[name]:.1f} ± {rebuilt[name + '_se']:.1f} %" for name in ("relative_error", "of_a_copy"))
     lines.append(f"\nreconstruction: error {error} of the signal's power; the frame before in its place: {copied}")
     lines.append(f"conversion: {speed['conversion_times_real_time']:.0f} times real time in one process")
     return "\n".join(lines)
+
+
+def _judged(figures):
+    """Names of the kinds of feature that were judged: all, or ours alone."""
+    return [kind for kind in KINDS if kind == "gae" or kind in figures["invariance"]]
 
 
 def chroma(magnitudes, cqt):
@@ -362,8 +369,8 @@ def _likeliest(versions, performance):
 
 def _invariance(reports, settings):
     """Top-1 for each kind of feature, over the candidates of all pieces together."""
-    figures = {kind: {} for kind in KINDS}
-    for kind in tqdm(KINDS, desc="invariance", unit="feature", leave=False):
+    figures = {kind: {} for kind in reports[0]["samples"]}
+    for kind in tqdm(figures, desc="invariance", unit="feature", leave=False):
         for name, n in (("top1", 1), ("top1_stacked", settings.stack)):
             queries, candidates = (np.concatenate([report["samples"][kind][side][:, :n] for report in reports]) for side in (0, 1))
             versions = _versions(KINDS[kind], queries)
@@ -378,7 +385,7 @@ def _alignment(reports, settings):
         shares = np.array([report["alignment"][kind, key] for report in reports if report["alignment"]])
         return {name: value for n, column in enumerate(TOLERANCES) for name, value in _figure(column, shares[:, n], settings).items()}
 
-    return {kind: {key: figures(kind, key) for key in ("transposed", "untransposed")} for kind in KINDS}
+    return {kind: {key: figures(kind, key) for key in ("transposed", "untransposed")} for kind in reports[0]["samples"]}
 
 
 def _figure(name, values, settings):

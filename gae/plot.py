@@ -48,7 +48,7 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     if not tracks.is_dir():
         raise FormatError(f"{tracks}: no such folder; run `dvc repro convert`")
     cqt, plot, figures = model.cqt, params.plot, Path(figures)
-    labels = {name: kind.label for name, kind in KINDS.items()}
+    labels = {name: kind.label for name, kind in KINDS.items() if name in evaluation["invariance"]}
     frames, past, begin, title = _excerpt(shards, model, plot)
     drawings = (
         lambda: pictures.draw_input(frames[past:], cqt, begin, title, figures / "input.png", plot),

@@ -12,7 +12,19 @@ from gae import evaluate as judging
 from gae.cqt import frames as cqt_frames
 from gae.cqt import transpose
 from gae.errors import FormatError, ParamsError
-from gae.evaluate import KINDS, chroma, comparison, copy_error, delayed, evaluate, heldout_pieces, judge, reconstruction_error, table
+from gae.evaluate import (
+    KINDS,
+    chroma,
+    comparison,
+    copy_error,
+    delayed,
+    evaluate,
+    heldout_pieces,
+    judge,
+    read_figures,
+    reconstruction_error,
+    table,
+)
 from gae.files import read_json
 from gae.measures import Alignment, align
 from gae.modelfile import load_model, save_model
@@ -141,6 +153,18 @@ def test_figures_are_the_same_again(figures, corpus, model, tmp_path, capsys):
     assert (tmp_path / "evaluation.txt").read_text() == table(again) + "\n"
     printed = capsys.readouterr().out
     assert printed.strip().endswith(table(again))
+
+
+def test_ours_alone_are_judged_alike(figures, corpus, model, tmp_path, capsys):
+    values = by(model)
+    values = values.model_copy(update={"evaluate": values.evaluate.model_copy(update={"baselines": False})})
+    evaluate(values, corpus, *places(tmp_path, "alone"))
+    alone = read_figures(tmp_path / "alone.json")
+    assert alone["invariance"] == {"gae": figures["invariance"]["gae"]} and alone["alignment"] == {"gae": figures["alignment"]["gae"]}
+    assert alone["reconstruction"] == figures["reconstruction"]
+    assert comparison(alone)["gae"] == comparison(figures)["gae"] and "chroma" not in comparison(alone)
+    printed = capsys.readouterr().out
+    assert KINDS["gae"].label in printed and KINDS["cqt"].label not in printed
 
 
 def test_table_shows_every_figure(figures):
