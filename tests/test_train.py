@@ -778,6 +778,17 @@ def test_a_step_elsewhere_brings_nothing_of_the_processors(shards, monkeypatch, 
     assert all(weight.grad.device.type == "meta" for weight in model.parameters())
 
 
+@pytest.mark.parametrize(("precision", "kind"), [("bf16", torch.optim.Muon), ("fp32", module.Muon)])
+def test_muon_is_pytorchs_where_it_is_quick(precision, kind):
+    settings = recipe(precision=precision)
+    model = GatedAutoencoder(tiny.CQT.n_bins, settings.model)
+    biases, matrices = module.optimisers_of(model, settings.train)
+    assert type(biases) is torch.optim.Adam and type(matrices) is kind
+    (group,) = matrices.param_groups
+    assert group.get("weight_decay", 0) == 0 and group["initial_lr"] == settings.train.muon_rate
+    assert {weight.ndim for weight in group["params"]} == {2}
+
+
 def test_validation_knows_invariant_features_from_others(tmp_path):
     class Fake:
         filters_x = torch.zeros(1)
