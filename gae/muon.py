@@ -1,6 +1,6 @@
 """Muon in single precision: an optimiser whose steps are equally long in all directions of a weight matrix.
 
-PyTorch's own rounds to bfloat16, which is twice as fast where the processor has products for it, and takes hundreds of times as long
+PyTorch's own rounds to bfloat16, which is quicker where the processor has products for it, and takes hundreds of times as long
 elsewhere. This one keeps the precision of the weights, and makes up for it by working on the square of the shorter side.
 """
 
