@@ -71,8 +71,8 @@ DEFAULT = {  # on the built-in hour
     "stretched-0": ["model.stretched=0"],
     "stretched-0.6": ["model.stretched=0.6"],
     "hop-896": ["cqt.hop_length=896"],
-    "octave-below": ["cqt.fmin=32.7", "cqt.n_bins=144"],  # C1 to C7
-    "octave-above": ["cqt.n_bins=144"],  # C2 to C8
+    "from-c2": ["cqt.fmin=65.4", "cqt.n_bins=120"],  # to C7: the original's
+    "c2-to-c8": ["cqt.fmin=65.4"],
 }
 LONG_LIST = [  # what both of the next have
     "data.train_list=data/pretrained.txt",

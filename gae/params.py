@@ -75,8 +75,8 @@ class Cqt(Section):
 
     sample_rate: int = Field(22050, ge=1000, le=192000, description="rate to which audio is resampled, in Hz")
     hop_length: int = Field(448, ge=16, le=65536, description="time between frames, in samples")
-    fmin: float = Field(65.4, ge=1, description="frequency of the lowest bin, in Hz")
-    n_bins: int = Field(120, ge=2, le=2000, description="number of bins")
+    fmin: float = Field(32.7, ge=1, description="frequency of the lowest bin, in Hz")
+    n_bins: int = Field(144, ge=2, le=2000, description="number of bins")
     bins_per_octave: int = Field(24, ge=1, le=240, description="bins an octave")
     compression: Literal["log", "none"] = Field("log", description="of the magnitudes c: log(1 + gain c / max c), or none")
     gain: float = Field(1000.0, ge=0.01, le=1e6, description="gain of the logarithm, relative to the track's largest magnitude")

@@ -209,8 +209,8 @@ def test_reconstruction_is_made_from_the_context_alone():
 
 def test_notes_lie_on_their_bins():
     bins, names = note_ticks(Cqt())
-    assert names == ["C2", "C3", "C4", "C5", "C6"]
-    assert bins == pytest.approx([0, 24, 48, 72, 96], abs=0.05)
+    assert names == ["C1", "C2", "C3", "C4", "C5", "C6"]
+    assert bins == pytest.approx([0, 24, 48, 72, 96, 120], abs=0.05)
     bins, names = note_ticks(Cqt(fmin=440.0, n_bins=12, bins_per_octave=12))
     assert names[:4] == ["A4", "A♯4", "B4", "C5"]
     assert bins == pytest.approx(np.arange(12), abs=1e-9)
