@@ -24,7 +24,7 @@ Figures stand with their standard errors, by bootstrap over the pieces; a table 
 all figures, is not measured again where it has them, and may be written to by several at once. Sets whose material or tools are missing
 are left out. The published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae
 import-weights model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They are
-also shown with our frames, which are compressed. `--transposed` and `--stretched` show all of ours once more with features over other
+also shown with their frames compressed as ours are. `--transposed` and `--stretched` show all of ours once more with features over other
 transpositions and tempi than they say (`model.transposed`, `model.stretched`, on which no step of a training depends). Beside the weights
 stands the constant-Q transform of the first of them, moved back by the known interval, a frame alone and with all those of the context.
 """
@@ -330,7 +330,9 @@ def kinds_of(weights, transpositions, stretches):
             models[", ".join(named)] = replace(model, sizes=model.sizes.model_copy(update=changes))
     if (SHARED / "cgae_pretrained.npz").exists():
         models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
-        models["published, our frames"] = replace(models["published"], cqt=ours.cqt)
+        published = models["published"]
+        compressed = {"compression": ours.cqt.compression, "gain": ours.cqt.gain}
+        models["published, compressed"] = replace(published, cqt=published.cqt.model_copy(update=compressed))
     kinds = {name: (model, partial(features_at, model), True) for name, model in models.items()}
     kinds["CQT back"] = ours, partial(shifted_back, ours), False
     kinds["CQT back, context"] = ours, partial(shifted_back_in_context, ours), False

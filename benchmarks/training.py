@@ -169,6 +169,7 @@ if __name__ == "__main__":
     product = f"{precision} matrix product"
     same = params.validate(
         {
+            "cqt": {"fmin": 65.4, "n_bins": 120},
             "model": {"context": 9, "growth": 0},
             "train": {"objective": "reconstruction", "optimiser": "adam", "batch": 16, "block": 256, "stride": 1, "sparsity": 1e-5},
         }

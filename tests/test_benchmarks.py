@@ -84,7 +84,7 @@ def test_the_model_card_says_what_was_measured():
     import published
 
     results = json.loads((ROOT / "docs/unseen-shipped.json").read_text())
-    kinds = ["pretrained", "pretrained-fast", "published", "published, our frames", "CQT back", "CQT back, context"]
+    kinds = ["pretrained", "pretrained-fast", "published", "published, compressed", "CQT back", "CQT back, context"]
     measured = [[published.shown(results[kind][column]).removesuffix(" %") for kind in kinds] for column in results["CQT back"]]
     card = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in (ROOT / "models/pretrained.md").read_text().splitlines()]
     shown = [row for row in card if len(row) == len(kinds) and "±" in row[0]]
