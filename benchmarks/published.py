@@ -329,10 +329,9 @@ def kinds_of(weights, transpositions, stretches):
             changes = {key: value for key, value in (("transposed", bins), ("stretched", share)) if value is not None}
             models[", ".join(named)] = replace(model, sizes=model.sizes.model_copy(update=changes))
     if (SHARED / "cgae_pretrained.npz").exists():
-        models["published"] = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
-        published = models["published"]
-        compressed = {"compression": ours.cqt.compression, "gain": ours.cqt.gain}
-        models["published, compressed"] = replace(published, cqt=published.cqt.model_copy(update=compressed))
+        published = from_arrays(**np.load(SHARED / "cgae_pretrained.npz"))
+        compressed = published.cqt.model_copy(update={"compression": ours.cqt.compression, "gain": ours.cqt.gain})
+        models |= {"published": published, "published, compressed": replace(published, cqt=compressed)}
     kinds = {name: (model, partial(features_at, model), True) for name, model in models.items()}
     kinds["CQT back"] = ours, partial(shifted_back, ours), False
     kinds["CQT back, context"] = ours, partial(shifted_back_in_context, ours), False
