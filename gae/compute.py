@@ -32,7 +32,7 @@ _LONELY = 60  # s without a Dask worker until a line says so
 _at_work = False  # whether this process is at a unit of work
 
 
-def map_tracks(function, items, compute, label, arguments=()):
+def map_tracks(function, items, compute, label, arguments=(), told=None):
     """Run ``function(item, *arguments)`` for every item, with a progress bar.
 
     Parameters
@@ -45,6 +45,8 @@ def map_tracks(function, items, compute, label, arguments=()):
         What the bar says.
     arguments : tuple
         Passed on after each item.
+    told : callable, optional
+        Called with an item and its report as soon as that is there: what is kept so outlives an error or Ctrl-C.
 
     Returns
     -------
@@ -63,7 +65,10 @@ def map_tracks(function, items, compute, label, arguments=()):
     with submitting(compute) as submit:
         futures = {submit(function, item, *arguments): n for n, item in enumerate(items)}
         for future in tqdm(as_completed(futures), total=len(items), desc=label, unit="track", mininterval=0.5):
-            reports[futures.pop(future)] = future.result()
+            n = futures.pop(future)
+            reports[n] = future.result()
+            if told:
+                told(items[n], reports[n])
     return reports
 
 

@@ -6,6 +6,8 @@ What it writes depends on the files' content alone, so DVC goes on only where so
 
 import os
 import re
+import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,7 @@ from gae.filelists import read_list
 from gae.files import code_digest, content_hash, read_json, write_json
 
 _VERSION = 1
+_WRITTEN_EVERY = 30  # s
 _VIEWS_DIFFER = 0.5  # s by which views of one performance may differ in length
 
 
@@ -32,7 +35,7 @@ def index(params, out, remembered):
         JSON: {"schema", "train": [[file, ...views], ...], "convert": [[file], ...], "skipped": [{path, list, line, reason}]}
         where a file is {path, key, sha256, bytes, seconds, sample_rate, channels}.
     remembered : Path
-        What was found at earlier runs, by path, size and time. May be missing or stale.
+        What was found at earlier runs, by path, size and time. May be missing or stale; a run that is stopped leaves there what it found.
 
     Raises
     ------
@@ -55,16 +58,12 @@ def index(params, out, remembered):
         warn(f"skipped {problem}" if problem.startswith(path) else f"skipped {path}: {problem}")
 
     names = {"train": params.data.train_list, "convert": params.data.convert_list}
-    result = {"schema": _VERSION, "skipped": []}
+    result, skipped = {"schema": _VERSION}, []
     for role, lines in lists.items():
         usable = []
         for line in lines:
             good = [path for path in line.paths if path not in problems]
-            result["skipped"] += [
-                {"path": path, "list": names[role], "line": line.number, "reason": problems[path]}
-                for path in line.paths
-                if path in problems
-            ]
+            skipped += [(path, names[role], line.number) for path in line.paths if path in problems]
             if good:
                 usable.append([_entry(path, findings[path]) for path in good])
                 if role == "train":
@@ -74,6 +73,8 @@ def index(params, out, remembered):
         result[role] = usable
     # a file to convert stands on its own, whatever line it was on
     result["convert"] = [[file] for line in result["convert"] for file in line]
+    # one list may have both roles
+    result["skipped"] = [{"path": path, "list": name, "line": n, "reason": problems[path]} for path, name, n in dict.fromkeys(skipped)]
     write_json(out, result)
 
 
@@ -125,23 +126,42 @@ def _look(paths, remembered, compute):
     known = _recall(remembered)
     stamps = storage.each(storage.stamp, paths)
     fresh = [path for path in paths if not stamps[path] or known.get(path, {}).get("stamp") != stamps[path]]
-    examined = {}
-    for where, some in by_place(fresh, compute):
-        examined |= zip(some, map_tracks(examine, some, where, "index"), strict=True)
-        if not runs_here(where):
-            _refuse_blindness(some, examined)
-    found = {path: {**examined[path], "stamp": stamps[path]} if path in examined else known[path] for path in paths}
-    opened = {path: finding for path, finding in found.items() if finding.get("sha256")}  # neither size nor time tell of permissions
-    write_json(remembered, {"version": _version(), "files": opened})
+    with _remembering({path: known[path] for path in set(paths).difference(fresh)}, remembered) as (found, note):
+        for where, some in by_place(fresh, compute):
+            map_tracks(examine, some, where, "index", told=lambda path, finding: note(path, {**finding, "stamp": stamps[path]}))
+            if not runs_here(where):
+                _refuse_blindness(some, found)
     return found
 
 
-def _refuse_blindness(paths, examined):
+@contextmanager
+def _remembering(found, file):
+    """Yield findings and the function that adds one; they are written now and then, and at the end, whatever ends it."""
+    written = time.monotonic()
+
+    def write():
+        opened = {path: found[path] for path in sorted(found) if found[path].get("sha256")}  # neither size nor time tell of permissions
+        write_json(file, {"version": _version(), "files": opened})
+
+    def note(path, finding):
+        nonlocal written
+        found[path] = finding
+        if time.monotonic() - written > _WRITTEN_EVERY:
+            write()
+            written = time.monotonic()
+
+    try:
+        yield found, note
+    finally:
+        write()
+
+
+def _refuse_blindness(paths, found):
     """A file of this machine that can be read here, and not by a worker elsewhere, is not to be left out for it."""
     for path in paths:
-        unread = "error" in examined[path] and not examined[path]["sha256"]
+        unread = "error" in found[path] and not found[path]["sha256"]
         if unread and not storage.is_url(path) and os.path.isfile(path) and os.access(path, os.R_OK):
-            said = examined[path]["error"]
+            said = found[path]["error"]
             raise GaeError(f"a worker says {said}: it is readable here; let all workers see the same files (docs/scale.md)")
 
 

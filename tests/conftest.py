@@ -62,10 +62,13 @@ def in_this_process(monkeypatch):
 
     done = defaultdict(list)
 
-    def map_here(function, items, compute, label, arguments=()):
-        if items:
-            done[function.__name__] += [item["path"] if isinstance(item, dict) and "path" in item else item for item in items]
-        return [function(item, *arguments) for item in items]
+    def map_here(function, items, compute, label, arguments=(), told=lambda item, report: None):
+        reports = []
+        for item in items:
+            done[function.__name__].append(item["path"] if isinstance(item, dict) and "path" in item else item)
+            reports.append(function(item, *arguments))
+            told(item, reports[-1])
+        return reports
 
     for module in (convert, evaluate, index, plot, preprocess):
         monkeypatch.setattr(module, "map_tracks", map_here)

@@ -48,7 +48,7 @@ def test_a_file_that_a_worker_does_not_see_is_not_left_out_for_it(folder, monkey
     blind = {"sha256": "", "bytes": 0, "error": "music/a.wav: No such file or directory"}
     examine = module.examine
     found = {path: examine(path) if path != "music/a.wav" else blind for path in (f"music/{file.name}" for file in Path("music").iterdir())}
-    monkeypatch.setattr(module, "map_tracks", lambda function, paths, *_: [found[path] for path in paths])
+    monkeypatch.setattr(module, "map_tracks", lambda function, paths, *_, told: [told(path, found[path]) for path in paths])
     assert {skipped["path"] for skipped in look()["skipped"]} == {"music/a.wav"}  # where it is this machine's word, it counts
     monkeypatch.setattr(module, "runs_here", lambda compute: False)
     with pytest.raises(GaeError, match=r"^a worker says music/a\.wav: No such file or directory: it is readable here; let all workers see"):
@@ -247,6 +247,39 @@ def test_mended_audio_is_taken(broken, opened):
     soundfile.write("music/text.wav", tiny.tone(1, 8000), 8000)
     found = look()
     assert found["train"][0][0]["path"] == "music/text.wav" and found["convert"][1][0]["path"] == "music/text.wav"
+
+
+def test_what_a_stopped_run_found_is_not_looked_for_again(folder, opened, monkeypatch):
+    map_tracks = module.map_tracks
+
+    def stopped(*arguments, told):
+        def until(path, finding):
+            told(path, finding)
+            raise KeyboardInterrupt
+
+        map_tracks(*arguments, told=until)
+
+    monkeypatch.setattr(module, "map_tracks", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        look()
+    (first,) = opened
+    opened.clear()
+    monkeypatch.setattr(module, "map_tracks", map_tracks)
+    look()
+    assert sorted([first, *opened]) == ["music/a.wav", "music/b.flac", "music/c1.ogg", "music/c2.wav"]
+
+
+def test_what_a_killed_run_found_is_not_looked_for_again(folder, opened, monkeypatch):
+    kept = []
+    monkeypatch.setattr(module, "_WRITTEN_EVERY", 0)
+    monkeypatch.setattr(module, "write_json", lambda file, content: kept.append(len(content.get("files", ()))) or write_json(file, content))
+    look()
+    assert kept[:4] == [1, 2, 3, 4]
+
+
+def test_one_list_for_both_tells_of_a_bad_file_once(broken, opened):
+    found = look(train_list="convert.txt")
+    assert len({tuple(bad.items()) for bad in found["skipped"]}) == len(found["skipped"]) > 0
 
 
 def test_what_could_not_be_opened_is_tried_again(folder, opened, monkeypatch):
