@@ -66,11 +66,18 @@ def opened(path, kind, remedy):
     OSError
         If the system does not let it be read, which says nothing of what it holds. It names the file.
     """
-    try:
+    with telling(path, kind, remedy):
         check_heaps(path)
         with h5py.File(path, "r") as file:
             yield file
-    except FormatError:
+
+
+@contextmanager
+def telling(path, kind, remedy):
+    """Whatever is raised while a file is read becomes what `opened` raises; but memory that runs out says nothing of the file."""
+    try:
+        yield
+    except (FormatError, MemoryError):
         raise
     except Exception as error:  # h5py raises whatever the damage suggests to it
         if (number := _errno(error)) in _PASSING:

@@ -16,13 +16,14 @@ import os
 from collections import OrderedDict
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from gae import hdf5
-from gae.errors import FormatError, reason
+from gae.errors import FormatError
 from gae.files import read_json, replacing, write_json
 from gae.params import Cqt
 from gae.storage import all_fetched
@@ -33,6 +34,8 @@ _FILES = 64  # open at a time
 _DATASETS = 2048  # the same, of all files: each takes some 20 kB, and an archive has millions
 _BLOCK = 8192  # frames read at a time
 _REMEDY = "delete it and run `dvc repro` again"
+_opened = partial(hdf5.opened, kind="shard", remedy=_REMEDY)
+_telling = partial(hdf5.telling, kind="shard", remedy=_REMEDY)
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,9 @@ class Shards:
     def read(self, key, start=0, stop=None, dtype=np.float32):
         """Frames `start` to `stop` of a track: ndarray, shape (stop - start, n_bins), of `dtype`, or as they are stored if it is None."""
         track = self.tracks[key]
-        try:
+        with _telling(track.file):
             frames = self._opened.frames(track.file, key)[start:stop]
-            return frames if dtype is None else frames.astype(dtype, copy=False)
-        except (OSError, KeyError) as error:
-            raise FormatError(f"{track.file}: damaged ({reason(error)}); {_REMEDY}") from None
+        return frames if dtype is None else frames.astype(dtype, copy=False)
 
     def close(self):
         """Close all files."""
@@ -159,7 +160,7 @@ def read_shard(file):
     OSError
         If the system does not let it be read, as `gae.hdf5.opened`.
     """
-    with hdf5.opened(file, "shard", _REMEDY) as shard:
+    with _opened(file) as shard:
         if shard.attrs.get("schema") != SCHEMA:
             raise FormatError(f"{file}: schema {shard.attrs.get('schema')}, expected {SCHEMA}; {_REMEDY}")
         cqt = Cqt.model_validate(json.loads(shard.attrs["cqt"]))
@@ -181,15 +182,19 @@ def read_blocks(file, key, n_frames=_BLOCK):
     int
         Number of frames of the track.
     iterator of ndarray of float32, shape (n, n_bins)
+
+    Raises
+    ------
+    FormatError
+        If it is damaged; also while the blocks are read.
+    OSError
+        If the system does not let it be read, as `gae.hdf5.opened`.
     """
-    try:
-        with h5py.File(file, "r") as shard:
-            length = len(shard[key]["cqt"])
-    except (OSError, KeyError) as error:
-        raise FormatError(f"{file}: damaged ({reason(error)}); {_REMEDY}") from None
+    with _opened(file) as shard:
+        length = len(shard[key]["cqt"])
 
     def blocks():
-        with h5py.File(file, "r") as shard:
+        with _opened(file) as shard:
             for start in range(0, length, n_frames):
                 yield shard[key]["cqt"][start : start + n_frames].astype(np.float32)
 
@@ -286,7 +291,7 @@ def _holds(file, wanted, cqt):
 
 def _holds_just(file, count, cqt):
     """The same where these tracks were found in it, as many as are wanted: a look at each would take long."""
-    with h5py.File(file, "r") as shard:
+    with _opened(file) as shard:
         return len(shard) == count and shard.attrs["cqt"] == _text(cqt)
 
 
@@ -296,10 +301,15 @@ def _write_shard(file, tracks, cqt, durable=True):
             if source != track.file:  # only now is all known of it
                 track = replace(read_shard(source)[1][track.key], path=track.path)
             # not HDF5's own copy, whose bytes remember how often a track was copied
-            frames = opened.frames(track.file, track.key)
-            blocks = (frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK))
             facts = {"path": track.path, "duration": track.duration, "peak": track.peak, "code": track.code}
-            add_track(shard, track.key, blocks, cqt.n_bins, track.dtype, **facts)
+            add_track(shard, track.key, _blocks(track, opened), cqt.n_bins, track.dtype, **facts)
+
+
+def _blocks(track, opened):
+    with _telling(track.file):
+        frames = opened.frames(track.file, track.key)
+        for start in range(0, len(frames), _BLOCK):
+            yield frames[start : start + _BLOCK]
 
 
 def _read_track(file, key, group, cqt):

@@ -59,6 +59,13 @@ def test_a_disk_that_fills_up_is_one_error_and_no_chatter(tmp_path, monkeypatch,
     assert capfd.readouterr() == ("", "")
 
 
+def test_memory_that_runs_out_is_not_called_damage(tmp_path):
+    with hdf5.create(tmp_path / "file.h5") as file:
+        fill(file)
+    with pytest.raises(MemoryError), hdf5.opened(tmp_path / "file.h5", "shard", "make it again"):
+        raise MemoryError
+
+
 def test_a_disk_that_fails_once_a_file_is_open_is_not_called_damage(tmp_path):
     """H5py then tells the system's number in the text of a RuntimeError."""
     with hdf5.create(tmp_path / "file.h5") as file:

@@ -1,3 +1,4 @@
+import fcntl
 import hashlib
 import json
 import os
@@ -328,6 +329,27 @@ def test_a_shard_that_vanished_is_refused(folder, tracks):
     os.unlink(folder / "shard-all.h5")
     refuse(lambda: read.read(next(iter(tracks))), "shard-all.h5")
     refuse(lambda: read_blocks(folder / "shard-all.h5", "0" * 32), "shard-all.h5")
+
+
+def test_a_shard_that_another_program_holds_is_not_called_damaged(folder, tracks):
+    file, key = folder / "shard-all.h5", next(iter(tracks))
+    read, (_, blocks) = Shards(folder), read_blocks(file, key)
+    with open(file, "rb+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for use in (lambda: read.read(key), lambda: read_blocks(file, key), lambda: next(blocks)):
+            with pytest.raises(BlockingIOError) as refused:
+                use()
+            assert refused.value.filename == str(file)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 30])
+def test_a_shard_that_can_not_be_copied_from_is_named(folder, tracks, tmp_path, shard_bytes):
+    sources = shards.read_shard(folder / "shard-all.h5")[1]
+    with open(folder / "shard-all.h5", "rb+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError) as refused:
+            write_folder(folder, listed(tracks), sources, CQT, shard_bytes)
+    assert refused.value.filename == str(folder / "shard-all.h5")
 
 
 def test_a_shard_that_fails_leaves_nothing(tmp_path):
