@@ -167,23 +167,25 @@ def bootstrap(values, n, seed):
 
 
 def mean_and_error(found):
-    """The share of frames found, and its standard error over the tracks.
+    """The share of a track's frames that are found, in the mean over the tracks, and its standard error.
 
     Frames of one piece fail together, so this is the standard error of the tracks' means; but at least that of independent
     frames, sqrt(p (1 - p) / n): few tracks may agree by chance, and one says nothing of others.
 
     Parameters
     ----------
-    found : ndarray of bool, shape (n_tracks, n_frames)
+    found : sequence of ndarray of bool, shape (n_frames,)
+        Of each track.
 
     Returns
     -------
     tuple of float
         (share, error)
     """
-    share, means = float(found.mean()), found.mean(1)
+    means = np.array([of_one.mean() for of_one in found])
+    share, n_frames = float(means.mean()), sum(map(len, found))
     over_tracks = float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-    return share, max(over_tracks, math.sqrt(share * (1 - share) / found.size))
+    return share, max(over_tracks, math.sqrt(share * (1 - share) / n_frames))
 
 
 def _found(versions, candidates, start):

@@ -360,25 +360,27 @@ class Validation:
 
     def __init__(self, shards, lines, reach, seed):
         rng = np.random.default_rng([seed, 1])
-        queries, candidates = [], []
+        queries, candidates, self.counts = [], [], []
         for line in lines:
-            last = min(track.n_frames for track in line) - reach - 1
+            n_places = min(track.n_frames for track in line) - reach
+            # no place twice: of two that are the same neither can be found
+            places = rng.choice(n_places, min(n_places, math.ceil(_VALIDATION_FRAMES / len(lines))), replace=False)
+            self.counts.append(len(places))
             semitones = int(rng.choice([k for k in range(-6, 7) if k]))
             shift = shards.cqt.bins(semitones) or int(math.copysign(1, semitones))
-            for start in rng.integers(0, last + 1, math.ceil(_VALIDATION_FRAMES / len(lines))):
+            for start in places:
                 queries.append(shards.read(line[0].key, start, start + reach + 1))
                 candidates.append(transpose(shards.read(line[-1].key, start, start + reach + 1), shift))
-        self.n_lines = len(lines)
         self.windows = [torch.from_numpy(np.stack(windows)) for windows in (queries, candidates) if windows]
 
     def score(self, model):
-        """Share of the frames whose nearest by cosine is themselves, transposed, and its standard error; None without tracks."""
+        """Share of a track's frames whose nearest by cosine is themselves, transposed, and its standard error; None without tracks."""
         if not self.windows:
             return None
         device = model.filters_x.device
         with torch.inference_mode():
             mappings = [model.mapping(w[:, :-1].to(device), w[:, -1:].to(device))[:, 0].cpu().numpy() for w in self.windows]
-        return mean_and_error(invariance_top1(*mappings).reshape(self.n_lines, -1))
+        return mean_and_error(np.split(invariance_top1(*mappings), np.cumsum(self.counts)[:-1]))
 
 
 def split(lines, share):

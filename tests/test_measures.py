@@ -126,3 +126,5 @@ def test_the_error_of_a_share_is_that_over_the_tracks():
     assert mean_and_error(independent) == (0.5, pytest.approx(0.5 / math.sqrt(400)))
     assert mean_and_error(found[:1] & independent[:1]) == (0.5, pytest.approx(0.05))
     assert mean_and_error(found[:2]) == (1.0, 0.0) and mean_and_error(found[2:]) == (0.0, 0.0)
+    few_and_many = [np.array([True]), np.repeat([True, False], 50)]  # a track counts as much as another
+    assert mean_and_error(few_and_many) == (0.75, pytest.approx(0.25))
