@@ -157,6 +157,7 @@ def convert_list(params, shards, index, out):
     tracks = [{"path": job["source"], **{name: job[name] for name in ("file", "key", "n_frames")}} for job in jobs]
     skipped = _skipped(index, listed.keys() - frames.keys(), params.data.convert_list)
     with alone(out):
+        _keep(out, {job["source"]: job["file"] for job in jobs})
         map_tracks(convert_track, jobs, beside_files(params.compute), "convert", arguments)
         sweep(out)  # not before: the workers of a run that was killed a moment ago may still have been writing
         _forget(out, {job["file"] for job in jobs})
@@ -286,15 +287,28 @@ def _holds(file, n_frames, origin, dtype):
     return (header.n_frames, header.origin, header.dtype) == (n_frames, origin, dtype)
 
 
+def _keep(out, files):
+    """Rename features of before whose name is another now, as where a track of the same name joined the list or left it."""
+    free = {file.name: file for file in out.glob("*.h5") if file.name not in files.values()}
+    for source, name in _listed_before(out).items():
+        if name in free and source in files and not (out / files[source]).exists():
+            free.pop(name).rename(out / files[source])
+
+
 def _forget(out, files):
     """Remove the features in the folder that are no longer wanted: those that its last index lists, and those of a run that was stopped."""
-    try:
-        before = {track["file"] for track in read_json(out / "index.json")["tracks"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        before = set()
+    before = set(_listed_before(out).values())
     for file in out.glob("*.h5"):
         if file.name not in files and (file.name in before or _made_by_a_run(file)):
             file.unlink()
+
+
+def _listed_before(out):
+    """Which file of the folder had the features of which audio, by its last index: {path: name}."""
+    try:
+        return {str(track["path"]): str(track["file"]) for track in read_json(out / "index.json")["tracks"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _made_by_a_run(file):

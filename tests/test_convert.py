@@ -13,7 +13,7 @@ from gae import audio, convert, modelfile, shards
 from gae.convert import convert_file, convert_list, convert_track, extract, feature_names
 from gae.cqt import frames
 from gae.errors import AudioError, FormatError, GaeError, ParamsError
-from gae.features import read
+from gae.features import read, write
 from gae.files import content_hash
 from gae.locks import alone
 from gae.mapping import extract_frames
@@ -183,6 +183,22 @@ def test_what_is_no_longer_listed_goes_and_what_is_not_ours_stays(project, in_th
     project.write_index(project.entries[:1])
     project.run()
     assert sorted(project.files()) == ["Song.h5", "index.json", "mine.h5"]
+
+
+def test_a_track_of_the_same_name_costs_the_features_of_no_other(tmp_path, weights, in_this_process, monkeypatch):
+    project = Project(tmp_path, weights, {"a/01.wav": 1, "b/01.wav": 2, "c/x.wav": 3})
+    everything, alone = project.entries, project.entries[::2]
+    project.write_index(alone)
+    project.run()
+    first, written = project.files(), []
+    assert sorted(first) == ["01.h5", "index.json", "x.h5"]
+    monkeypatch.setattr(convert, "write", lambda out, *rest: written.append(out.name) or write(out, *rest))
+    project.write_index(everything)
+    project.run()
+    assert [name[:5] for name in written] == ["b-01-"] and len(project.files()) == 4
+    project.write_index(alone)
+    project.run()
+    assert len(written) == 1 and project.files() == first
 
 
 def test_listed_track_without_frames_is_named(project, in_this_process):
