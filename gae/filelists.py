@@ -63,12 +63,22 @@ def check_list(file, coming):
     coming = Path(os.path.abspath(coming))
     for number, text_line in enumerate(_text_lines(file), start=1):
         columns, where = _columns(text_line), f"{file}, line {number}"
-        there = [column for column in columns if coming not in Path(os.path.abspath(os.path.expanduser(column))).parents]
+        there = [column for column in columns if not _to_come(column, coming)]
         if there == columns:
             _expand(columns, where)
             continue
         for column in there:
             _files(column, where)
+
+
+def _to_come(column, coming):
+    """Whether files that a column names are to come into a folder: named in it, or by a wildcard that stands for it or a folder above."""
+    path = os.path.expanduser(column)
+    if coming in Path(os.path.abspath(path)).parents:
+        return True
+    start = _folder(path)
+    above = os.path.abspath(start) in map(str, coming.parents) and not is_url(path)
+    return above and not coming.exists() and glob.has_magic(path) and "/" in path[len(start) :]
 
 
 def _text_lines(file):

@@ -386,6 +386,26 @@ def test_what_is_to_come_excuses_no_other_view(folder):
         check_list("early.txt", "made")
 
 
+@pytest.mark.parametrize("glob", ["data/*/1.flac", "data/**/1.flac", "*/made/1.flac", "data/mad?/*/1.flac"])
+def test_a_wildcard_may_stand_for_a_folder_that_is_to_come(tmp_path, monkeypatch, glob):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "early.txt").write_text(f"{glob}\n")
+    check_list("early.txt", "data/made")
+    (tmp_path / "data/made").mkdir()  # it has come, and not the files
+    with pytest.raises(ListError, match=r"early\.txt, line 1: no file matches"):
+        check_list("early.txt", "data/made")
+
+
+def test_what_is_to_come_excuses_no_wildcard_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/other").mkdir(parents=True)
+    for glob in ("data/other/*/1.flac", "*.flac"):
+        (tmp_path / "early.txt").write_text(f"{glob}\n")
+        with pytest.raises(ListError, match=r"early\.txt, line 1: no file matches"):
+            check_list("early.txt", "data/made")
+
+
 def test_what_is_to_come_may_lie_in_the_home_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     (folder / "early.txt").write_text("~/made/*/1.flac\n")
