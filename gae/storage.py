@@ -157,7 +157,10 @@ def all_fetched(paths):
 
 @contextmanager
 def storing(url):
-    """Yield a temporary path of this machine whose file is at `url` once the block ends well, whole or not at all."""
+    """Yield a temporary path of this machine whose file is at `url` once the block ends well.
+
+    Object stores put a file whole or not at all; what else fsspec reaches may keep half of one if this process is killed.
+    """
     with tempfile.TemporaryDirectory(prefix="gae-") as folder:
         file = Path(folder) / named(url).name
         yield file
