@@ -60,6 +60,24 @@ def pool(values, n):
     return np.add.reduceat(values, starts, axis=0) / counts[:, None].astype(values.dtype)
 
 
+def likeness(passage, recording):
+    """How like a passage a recording is, from each of its frames on: the mean cosine of their frames, one by one.
+
+    Parameters
+    ----------
+    passage : ndarray, shape (m, d)
+    recording : ndarray, shape (n, d)
+
+    Returns
+    -------
+    ndarray, shape (max(0, n - m + 1),)
+        In [-1, 1]; for each stretch of the recording that is as long as the passage.
+    """
+    passage, recording = unit(passage), unit(recording)
+    n = max(0, len(recording) - len(passage) + 1)
+    return sum(recording[k : k + n] @ row for k, row in enumerate(passage)) / len(passage)
+
+
 def unit(values):
     """Rows (last axis) scaled to unit L2 norm; zeros stay zeros."""
     norm = np.linalg.norm(values, axis=-1, keepdims=True)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gae import measures
-from gae.measures import Alignment, align, beats_within, bootstrap, invariance_top1, mean_and_error, pool, stack, unit
+from gae.measures import Alignment, align, beats_within, bootstrap, invariance_top1, likeness, mean_and_error, pool, stack, unit
 
 
 def random(*shape, seed=0):
@@ -117,6 +117,16 @@ def test_bootstrap_is_the_error_of_the_mean():
     assert bootstrap([0.5, 0.5, 0.5], 100, seed=1) == 0
     assert bootstrap(values[:3, 0], 4000, seed=3) == pytest.approx(values[:3, 0].std(ddof=1) / math.sqrt(3), rel=0.05)
     assert bootstrap([0.5], 100, seed=1) == 0
+
+
+def test_likeness_is_that_of_each_stretch():
+    recording = random(60, 8)
+    found = likeness(3 * recording[20:30], recording)
+    assert found.shape == (51,) and found.argmax() == 20 and found[20] == pytest.approx(1)
+    slow = [np.mean(np.sum(unit(recording[20:30]) * unit(recording[k : k + 10]), axis=1)) for k in range(51)]
+    assert found == pytest.approx(np.array(slow), abs=1e-6)
+    assert likeness(recording, recording[:30]).shape == (0,)
+    assert not likeness(np.zeros((3, 8)), recording).any()
 
 
 def test_the_error_of_a_share_is_that_over_the_tracks():

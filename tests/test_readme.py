@@ -18,19 +18,32 @@ RATE = 22050
 def test_the_examples_run_and_find_what_they_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pitches = np.random.default_rng(1).integers(0, 24, 32)
-    samples = np.concatenate([tiny.tone(0.25, RATE, 220 * 2 ** (pitch / 12)) for pitch in pitches])
+    samples = melody(pitches)
     soundfile.write("song.flac", samples, RATE)
     gae.extract(samples, RATE).save("score.h5")
     gae.extract(samples[RATE // 2 :], RATE).save("performance.h5")  # begins half a second later
+    gae.extract(melody([*pitches, *pitches[:16] + 5]), RATE).save("sonata.h5")  # its first 4 s return after 8, in another key
+    (tmp_path / "features").mkdir()
+    for name, start, stop in (("performance", 2, None), ("other", 20, None), ("short", 0, 2)):
+        gae.extract(samples[start * RATE // 4 : stop and stop * RATE // 4], RATE).save(f"features/{name}.h5")
 
-    basics, aligning, finding, chain = re.findall(r"```python\n(.+?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    basics, aligning, finding, repeating, chain = re.findall(r"```python\n(.+?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     names = {}
     run(basics, names)
     assert names["features"].values.shape[1] == int(re.search(r"\(n_frames, (\d+)\)", basics)[1])
     assert run(aligning, names) == pytest.approx([0.5, 2.0], abs=0.05)
-    assert run(finding, names) == pytest.approx(names["query"].times[50] - 0.5, abs=0.03)
+    (_, best, time), *others = run(finding, names)
+    assert (best, time) == ("performance", pytest.approx(50 * names["hop"] - 0.5, abs=0.03)) and [name for _, name, _ in others] == [
+        "other"
+    ]
+    first, again = run(repeating, names)
+    assert again - first == pytest.approx(8, abs=0.1)
     run(chain, names)
     assert names["values"].shape == names["features"].values.shape
+
+
+def melody(pitches):
+    return np.concatenate([tiny.tone(0.25, RATE, 220 * 2 ** (pitch / 12)) for pitch in pitches])
 
 
 def run(source, names):
