@@ -22,11 +22,12 @@ corpus      the held-out pieces of the built-in corpus: also alignment with anot
 
 Figures stand with their standard errors, by bootstrap over the pieces; a table of most without them comes last. What `--out` names gets
 all figures, is not measured again where it has them, and may be written to by several at once. Sets whose material or tools are missing
-are left out. The published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there; otherwise `gae
-import-weights model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar) holds. They are
-also shown with their frames compressed as ours are. `--transposed` and `--stretched` show all of ours once more with features over other
-transpositions and tempi than they say (`model.transposed`, `model.stretched`, on which no step of a training depends). Beside the weights
-stands the constant-Q transform of the first of them, moved back by the known interval, a frame alone and with all those of the context.
+are left out, and named. The published weights are read from ../shared/data/cgae_pretrained.npz, beside the checkout, if it is there;
+otherwise `gae import-weights model.save --out FILE` makes a file for `--weights` from what the original's own repository (cgae-invar)
+holds. They are also shown with their frames compressed as ours are. `--transposed` and `--stretched` show all of ours once more with
+features over other transpositions and tempi than they say (`model.transposed`, `model.stretched`, on which no step of a training
+depends). Beside the weights stands the constant-Q transform of the first of them, moved back by the known interval, a frame alone and
+with all those of the context.
 """
 
 import argparse
@@ -346,20 +347,27 @@ def label(file):
 def material(given, folder):
     """Sets of pairs and of performances, by name, of what there is of the music."""
     sets, performances = {}, {}
-    if Path(given.soundfont).exists() and given.performances:
+    if there("performed", Path(given.soundfont).exists() and given.performances, "--soundfont and --performances"):
         sets["performed"] = performed_pairs(given.performances, given.soundfont, folder)
         performances["performed"] = performed_plainly(given.performances, given.soundfont, folder)
-    if Path(given.soundfont).exists() and given.jkupdd.exists():
+    if there("piano", Path(given.soundfont).exists() and given.jkupdd.exists(), "--soundfont and --jkupdd"):
         sets["piano"] = piano_pairs(given.jkupdd, given.soundfont, folder)
         sets["piano, 1 take"] = sets["piano"][::TAKES]
         performances["piano"] = piano_performances(given.jkupdd, given.soundfont, folder)
     for name, music in RECORDINGS.items():
-        if Path(music).exists() and shutil.which("rubberband"):
+        if there(name, Path(music).exists() and shutil.which("rubberband"), f"{music} and rubberband"):
             sets[name] = recording_pairs(music, folder, given.cents)
-    if Path(given.corpus, "corpus.json").exists():
+    if there("corpus", Path(given.corpus, "corpus.json").exists(), "--corpus, as make repro makes it"):
         sets["corpus"] = corpus_pairs(given.corpus)
         performances["corpus"] = corpus_performances(given.corpus)
     return sets, performances
+
+
+def there(name, present, needed):
+    """Whether a set's material is present; a line where it is not."""
+    if not present:
+        print(f"{name}: left out; it needs {needed}", file=sys.stderr)
+    return present
 
 
 def measures(sets, performances, model, represent, rebuilds):
@@ -396,6 +404,8 @@ if __name__ == "__main__":
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = given.out or Path(folder, "results.json")
+        if given.cents and measured(out):
+            sys.exit(f"--out: {out} has figures already, which --cents would stand among; name a new file")
         sets, performances = material(given, Path(folder))
         kinds = kinds_of(given.weights, given.transposed, given.stretched)
         for name, kind in kinds.items():
