@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, variance
 
 from results import markdown, measured, record
 
@@ -150,6 +151,15 @@ def table(results, names):
     return markdown(titles, lines)
 
 
+def noise(results):
+    """In one line, the standard deviation of each figure between the seeds of a row, pooled over the rows of several seeds."""
+    rows = [list(row.values()) for row in results.values() if len(row) > 1]
+    if not rows:
+        return "one seed a row: what chance moves is not known"
+    pooled = {figure: math.sqrt(mean(variance(seed[figure] for seed in row) for row in rows)) for figure in rows[0][0] if figure != "se"}
+    return f"standard deviation between seeds, {len(rows)} rows: " + ", ".join(f"{name} {value:.2f}" for name, value in pooled.items())
+
+
 def keep(weights, out):
     """Copy a model file into place, whole or not at all."""
     with replacing(out) as file:
@@ -171,7 +181,7 @@ if __name__ == "__main__":
     if unknown:
         parser.error(f"--only: the recipe {given.recipe} has {', '.join(variations)}; got {', '.join(sorted(unknown))}")
     if not given.weights:
-        print(table(measured(out), variations), flush=True)
+        print(table(measured(out), variations), noise(measured(out)), sep="\n", flush=True)
     for seed in given.seeds:
         for name in given.only or variations:
             if given.weights:
