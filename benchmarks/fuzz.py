@@ -43,7 +43,7 @@ def main():
     names = [target.name for target in strangers.TARGETS]
     if given.only and given.only not in names:
         sys.exit(f"--only {given.only}: one of {', '.join(names)}")
-    print(f"| target | inputs tried | accepted | refused in one line | anything else |  <!-- {' and '.join(_engines(given))} -->")
+    print("| target | inputs tried | accepted | refused in one line | anything else |")
     print("| --- | --- | --- | --- | --- |")
     findings, total = [], np.zeros(4, int)
     for name in [given.only] if given.only else names:
@@ -52,6 +52,7 @@ def main():
         total += counts
         print(f"| {name} | " + " | ".join(f"{count:,}" for count in counts) + " |", flush=True)
     print("| all | " + " | ".join(f"{count:,}" for count in total) + " |")
+    print(f"\n(by {' and '.join(_engines(given))})")
     for finding in findings:
         print(finding)
     sys.exit(1 if total[3] else 0)
