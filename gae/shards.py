@@ -34,7 +34,7 @@ _FILES = 64  # open at a time
 _DATASETS = 2048  # the same, of all files: each takes some 20 kB, and an archive has millions
 _BLOCK = 8192  # frames read at a time
 _REMEDY = "delete it and run `dvc repro` again"
-_opened = partial(hdf5.opened, kind="shard", remedy=_REMEDY)
+_reading = partial(hdf5.opened, kind="shard", remedy=_REMEDY)
 _telling = partial(hdf5.telling, kind="shard", remedy=_REMEDY)
 
 
@@ -160,7 +160,7 @@ def read_shard(file):
     OSError
         If the system does not let it be read, as `gae.hdf5.opened`.
     """
-    with _opened(file) as shard:
+    with _reading(file) as shard:
         if shard.attrs.get("schema") != SCHEMA:
             raise FormatError(f"{file}: schema {shard.attrs.get('schema')}, expected {SCHEMA}; {_REMEDY}")
         cqt = Cqt.model_validate(json.loads(shard.attrs["cqt"]))
@@ -190,11 +190,11 @@ def read_blocks(file, key, n_frames=_BLOCK):
     OSError
         If the system does not let it be read, as `gae.hdf5.opened`.
     """
-    with _opened(file) as shard:
+    with _reading(file) as shard:
         length = len(shard[key]["cqt"])
 
     def blocks():
-        with _opened(file) as shard:
+        with _reading(file) as shard:
             for start in range(0, length, n_frames):
                 yield shard[key]["cqt"][start : start + n_frames].astype(np.float32)
 
@@ -291,7 +291,7 @@ def _holds(file, wanted, cqt):
 
 def _holds_just(file, count, cqt):
     """The same where these tracks were found in it, as many as are wanted: a look at each would take long."""
-    with _opened(file) as shard:
+    with _reading(file) as shard:
         return len(shard) == count and shard.attrs["cqt"] == _text(cqt)
 
 
