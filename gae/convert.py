@@ -289,10 +289,11 @@ def _holds(file, n_frames, origin, dtype):
 
 def _keep(out, files):
     """Rename features of before whose name is another now, as where a track of the same name joined the list or left it."""
-    free = {file.name: file for file in out.glob("*.h5") if file.name not in files.values()}
+    free = {file.name for file in out.glob("*.h5")}.difference(files.values())
     for source, name in _listed_before(out).items():
         if name in free and source in files and not (out / files[source]).exists():
-            free.pop(name).rename(out / files[source])
+            (out / name).rename(out / files[source])
+            free.remove(name)
 
 
 def _forget(out, files):

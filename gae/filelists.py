@@ -77,7 +77,7 @@ def _to_come(column, coming):
     if coming in Path(os.path.abspath(path)).parents:
         return True
     start = _folder(path)
-    above = os.path.abspath(start) in map(str, coming.parents) and not is_url(path)
+    above = Path(os.path.abspath(start)) in coming.parents and not is_url(path)
     return above and not coming.exists() and glob.has_magic(path) and "/" in path[len(start) :]
 
 

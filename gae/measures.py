@@ -66,6 +66,7 @@ def likeness(passage, recording):
     Parameters
     ----------
     passage : ndarray, shape (m, d)
+        Of a frame at least.
     recording : ndarray, shape (n, d)
 
     Returns

@@ -9,6 +9,7 @@ import filelock
 import project
 import pytest
 import servers
+import tiny
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -62,13 +63,12 @@ def in_this_process(monkeypatch):
 
     done = defaultdict(list)
 
-    def map_here(function, items, compute, label, arguments=(), told=lambda item, report: None):
-        reports = []
-        for item in items:
+    def map_here(function, items, *rest, **more):
+        def noted(item, *arguments):
             done[function.__name__].append(item["path"] if isinstance(item, dict) and "path" in item else item)
-            reports.append(function(item, *arguments))
-            told(item, reports[-1])
-        return reports
+            return function(item, *arguments)
+
+        return tiny.map_here(noted, items, *rest, **more)
 
     for module in (convert, evaluate, index, plot, preprocess):
         monkeypatch.setattr(module, "map_tracks", map_here)

@@ -74,6 +74,15 @@ def write_shards(folder, lines, cqt=CQT, dtype="float32", shard_bytes=1 << 30, c
     return [[key for key, _ in line] for line in keyed]
 
 
+def map_here(function, items, compute, label, arguments=(), told=lambda item, report: None):
+    """`gae.compute.map_tracks` in this process, in order."""
+    reports = []
+    for item in items:
+        reports.append(function(item, *arguments))
+        told(item, reports[-1])
+    return reports
+
+
 def content(folder):
     """What is in the files below a folder, by name."""
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
