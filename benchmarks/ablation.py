@@ -3,12 +3,11 @@
     python benchmarks/ablation.py [--recipe pretrained] [--steps 1600] [--seeds 1 2 3] [--only NAME ...] [--out FILE.json]
                                   [--weights FOLDER]
 
-The recipe from which each row differs is the default, or with `--recipe pretrained` that of weights of 64 maps that were shipped before
-those of today. Run it from the root of a clean checkout; every experiment stays in `dvc exp show`. All train on the same number of
-frames, that of `--steps` steps of the default. What is in `--out`, by default docs/ablation.json or for another recipe
-docs/ablation-RECIPE.json, is not run again, and is printed at once; the table is printed anew after each experiment, so an interrupted
-run has shown all it measured. Several may write to one: on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its
-own, get further than one after the other.
+The recipe from which each row differs is the default, or with `--recipe pretrained` that of the shipped weights. Run it from the root
+of a clean checkout; every experiment stays in `dvc exp show`. All train on the same number of frames, that of `--steps` steps of the
+default. What is in `--out`, by default docs/ablation.json or for another recipe docs/ablation-RECIPE.json, is not run again, and is
+printed at once; the table is printed anew after each experiment, so an interrupted run has shown all it measured. Several may write to
+one: on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after the other.
 
 With `--weights` experiments end with their training, and FOLDER gets the weights of each, for benchmarks/published.py to judge on music
 that none has heard; what is there already is not trained again, so each recipe and number of steps needs a folder of its own.
@@ -75,36 +74,39 @@ DEFAULT = {  # on the built-in hour
     "from-c2": ["cqt.fmin=65.4", "cqt.n_bins=120"],  # to C7: the original's
     "c2-to-c8": ["cqt.fmin=65.4"],
 }
-LONG_LIST = [  # what both of the next have
+SHIPPED_RECIPE = [  # models/pretrained.md
     "data.train_list=data/pretrained.txt",
     "corpus.hours=8",
+    "model.n_maps=128",
     "model.n_hidden=448",  # with 512 the file would pass 2 MB
     "train.view_share=0.8",
     "train.temperature=0.1",
+    "train.contrast=0.4",
+    "train.contrast_kept=0.01",
     "train.stretch=0.15",
     "train.validation=0",
 ]
-SHIPPED_RECIPE = [*LONG_LIST, "model.n_maps=128", "train.contrast=0.4", "train.contrast_kept=0.01"]  # models/pretrained.md
-VARIED_RECIPE = [*LONG_LIST, "train.contrast=0.22", "train.contrast_kept=0.03"]  # of the weights of 64 maps shipped before
-PRETRAINED = {  # those of other lists come last: frames that are on none are forgotten
+PRETRAINED = {  # those of other frames and lists come last: frames that are on none are forgotten
     "default": [],
     "reconstruction-objective": ["train.objective=reconstruction"],
-    "contrast-0.4-to-0.012": ["train.contrast=0.4"],
-    "contrast-0.06": ["train.contrast=0.06", "train.contrast_kept=1"],  # the mean of the falling one
-    "temperature-0.05": ["train.temperature=0.05", "train.contrast=0.18"],
+    "contrast-0.28-to-0.0084": ["train.contrast=0.28", "train.contrast_kept=0.03"],
+    "contrast-0.086": ["train.contrast=0.086", "train.contrast_kept=1"],  # the mean of the falling one
+    "temperature-0.05": ["train.temperature=0.05", "train.contrast=0.32"],
     "stretch-0": ["train.stretch=0"],
     "stretch-0.25": ["train.stretch=0.25"],
     "no-views": ["train.view_share=0"],
     "equaliser-0.3": ["train.equaliser=0.3"],
-    "hidden-128": DEFAULT["hidden-128"],
-    "maps-128": ["model.n_maps=128"],
+    "hidden-256": ["model.n_hidden=256"],
+    "maps-64": ["model.n_maps=64"],
     "context-9-of-9": DEFAULT["context-9-of-9"],
     "context-21-of-21": DEFAULT["context-21-of-21"],
     "adam": DEFAULT["adam"],
+    "from-c2": DEFAULT["from-c2"],
     "no-shifted-views": ["data.shifted_views=0"],
+    "4-hours": ["corpus.hours=4"],
     "no-recordings": ["data.train_list=data/train.txt"],
 }
-RECIPES = {"default": ([], DEFAULT), "pretrained": (VARIED_RECIPE, PRETRAINED)}
+RECIPES = {"default": ([], DEFAULT), "pretrained": (SHIPPED_RECIPE, PRETRAINED)}
 
 
 def run(recipe, name, seed, steps, target):
