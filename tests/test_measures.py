@@ -62,6 +62,9 @@ def test_stack_and_pool():
     assert stack(values, [0, 4], 3).tolist() == [[0, 1, 2, 3, 4, 5], [8, 9, 10, 11, 12, 13]]
     assert pool(values, 3).tolist() == [[2, 3], [8, 9], [12, 13]]
     assert np.array_equal(pool(values, 1), values)
+    levels = np.random.default_rng(0).integers(-100, 100, (300, 4), dtype=np.int8)
+    assert pool(levels, 200)[0] == pytest.approx(levels[:200].mean(axis=0), rel=1e-5)
+    assert pool([[1, 2], [3, 4]], 2).tolist() == [[2, 3]]
 
 
 def test_unit_keeps_zeros():
@@ -78,25 +81,56 @@ def test_alignment_is_librosas(rows, columns):
     assert found.positions == pytest.approx([path[path[:, 0] == row, 1].mean() for row in range(rows)])
 
 
-def test_band_finds_a_path_near_the_diagonal(monkeypatch):
-    performance = random(600, 5)
-    at = np.clip(np.rint(np.arange(400) * 1.5 + 20 * np.sin(np.arange(400) / 60)), 0, 599).astype(int)
+@pytest.mark.parametrize(("before", "sure"), [(0, 0), (500, 200)])
+def test_long_alignments_are_searched_near_a_rough_one(monkeypatch, before, sure):
+    """Wherever it leads: far from the diagonal, too, as where one side begins with what the other has not (and nothing is sure at first)."""
+    performance = random(600 + before, 16)
+    at = before + np.clip(np.rint(np.arange(400) * 1.5 + 20 * np.sin(np.arange(400) / 60)), 0, 599).astype(int)
     whole = align(performance[at], performance)
+    cells, cheapest = [], measures._cheapest
+    monkeypatch.setattr(measures, "_cheapest", lambda *of: cells.append((of[3] - of[2]).sum()) or cheapest(*of))
     monkeypatch.setattr(measures, "_CELLS", 400 * 120)
-    steps, _, _ = measures._table(unit(performance[at]), unit(performance))
-    assert steps.shape == (400, 120)
-    banded = align(performance[at], performance)
-    assert np.array_equal(banded.positions, whole.positions)
-    assert banded.cost == pytest.approx(whole.cost)
+    near = align(performance[at], performance)
+    assert len(cells) > 1 and max(cells) < 400 * (150 + before / 50)
+    assert np.array_equal(near.positions[sure:], whole.positions[sure:])
+    assert near.cost == pytest.approx(whole.cost, rel=0.02 if before else 1e-6)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 500), (500, 3), (50, 51)])
-def test_narrowest_band_still_reaches_the_end(monkeypatch, rows, columns):
-    monkeypatch.setattr(measures, "_CELLS", 1)
+@pytest.mark.parametrize("cells", [1, 40])
+def test_the_fewest_cells_still_reach_the_end(monkeypatch, rows, columns, cells):
+    monkeypatch.setattr(measures, "_CELLS", cells)
     found = align(random(rows, 5), random(columns, 5, seed=1))
     assert np.isfinite(found.cost)
     assert (np.diff(found.positions) >= 0).all()
     assert found.positions[0] >= 0 and found.positions[-1] <= columns - 1
+
+
+@pytest.mark.parametrize("compare", [align, likeness, invariance_top1])
+def test_rows_that_compare_with_nothing_are_refused(compare):
+    rows, broken = random(30, 4), random(30, 4, seed=1)
+    broken[7, 2] = np.nan
+    for sides, said in (
+        ((rows, broken), "with numbers that are NaN"),
+        ((np.full((30, 4), np.inf), rows), "with numbers that are NaN"),
+        ((rows[:0], rows), r"of shape \(0, 4\); give one row or more"),
+        ((rows, rows[:0]), r"of shape \(0, 4\); give one row or more"),
+        ((rows, rows[0]), r"of shape \(4,\); give one row or more"),
+        ((rows, random(30, 5)), r"rows of different lengths \(.+ of 4, .+ of 5\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            compare(*sides)
+    compare(rows.tolist(), rows.astype(">f8")[::-1])
+
+
+def test_each_query_has_a_candidate():
+    with pytest.raises(ValueError, match="20 queries for 30 candidates"):
+        invariance_top1(random(20, 4), random(30, 4))
+
+
+def test_magnitudes_that_single_precision_does_not_hold_still_align():
+    rows = random(30, 4).astype(np.float64)
+    assert np.array_equal(align(rows * 1e100, rows).positions, np.arange(30))
 
 
 def test_times_along_an_alignment():
@@ -127,6 +161,13 @@ def test_likeness_is_that_of_each_stretch():
     assert found == pytest.approx(np.array(slow), abs=1e-6)
     assert likeness(recording, recording[:30]).shape == (0,)
     assert not likeness(np.zeros((3, 8)), recording).any()
+
+
+def test_half_precision_tells_long_passages_apart():
+    recording = random(4000, 8).astype(np.float16)
+    found = likeness(recording[500:3500], recording)
+    assert found.argmax() == 500 and found[500] == pytest.approx(1, abs=1e-3)
+    assert unit(recording).dtype == np.float32 and unit(random(3, 4).astype(np.float64)).dtype == np.float64
 
 
 def test_the_error_of_a_share_is_that_over_the_tracks():
