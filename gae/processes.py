@@ -139,6 +139,7 @@ def gatherer(fabric):
         return lambda tensor: tensor
     warnings.filterwarnings("ignore", ".*all_gather is deprecated")  # Fabric's to mend
 
+    @torch.compiler.disable  # it can't follow; what comes before and after is compiled all the same
     def gather(tensor):
         gathered = fabric.all_gather(tensor, sync_grads=True)
         if gathered.requires_grad:

@@ -184,9 +184,10 @@ class Run:
         try:
             terms = self.objective(*tensors, contrast_weight(self.step, self.params.train))
             self.fabric.backward(terms["loss"])
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # at the first step; no public name tells it from other failures
+        except torch._dynamo.exc.ShortenTraceback as error:  # at the first step; no public name tells it from other failures
             said = reason(str(error).strip().split("\n\n")[0])
-            raise TrainingError(f"train.compile: {said}; install a C++ compiler, or set it to false") from None
+            needed = "a C++ compiler" if self.fabric.device.type == "cpu" else "Triton, for a GPU that it serves"
+            raise TrainingError(f"train.compile: {said}; install {needed}, or set it to false") from None
         return terms
 
     def _forget_gradients(self):
@@ -379,21 +380,26 @@ class Validation:
             return None
         device = model.filters_x.device
         with torch.inference_mode():
-            mappings = [model.mapping(w[:, :-1].to(device), w[:, -1:].to(device))[:, 0].cpu().numpy() for w in self.windows]
-        return mean_and_error(np.split(invariance_top1(*mappings), np.cumsum(self.counts)[:-1]))
+            mappings = [model.mapping(w[:, :-1].to(device), w[:, -1:].to(device))[:, 0] for w in self.windows]
+        found = invariance_top1(*(mapping.nan_to_num().cpu().numpy() for mapping in mappings))  # weights that broke find nothing
+        return mean_and_error(np.split(found, np.cumsum(self.counts)[:-1]))
 
 
 def split(lines, share):
     """Divide lines into (those to train on, those to validate on), by their content, whatever their order.
 
     Of five lines or more at least one is kept to validate on, if any share is; fewer are all trained on. A line that shares a
-    track with those to validate on is left out; if all do, all are trained on.
+    track with those to validate on is left out, lest its frames be looked for among themselves; if all do, all are trained on.
     """
     if not share or len(lines) < 5:
         return lines, []
     count = min(_VALIDATION_FRAMES, max(1, math.floor(share * len(lines))))  # each gives a frame at least
-    held_out = sorted(lines, key=lambda line: digest(line[0].key))[:count]
-    keys = {track.key for line in held_out for track in line}
+    held_out, keys = [], set()
+    for line in sorted(lines, key=lambda line: digest(line[0].key)):
+        own = {track.key for track in line}
+        if len(held_out) < count and keys.isdisjoint(own):
+            held_out.append(line)
+            keys |= own
     training = [line for line in lines if keys.isdisjoint(track.key for track in line)]
     return (training, held_out) if training else (lines, [])
 

@@ -8,12 +8,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from servers import free_port
+from torch._inductor.exc import TritonMissing
 
 from gae import params, pictures, view
 from gae import train as module
@@ -23,6 +25,7 @@ from gae.errors import FormatError, GaeError, TrainingError, explained
 from gae.files import read_json, write_json
 from gae.model import GatedAutoencoder
 from gae.modelfile import load_model
+from gae.processes import gatherer
 from gae.shards import Shards
 from gae.train import Run, Validation, contrast_weight, schedule, split, train
 
@@ -680,6 +683,16 @@ def test_no_content_is_on_both_sides_of_the_split():
         assert validation and training and keys_of(training).isdisjoint(keys_of(validation))
 
 
+def test_no_content_is_validated_on_twice():
+    """The frames of two copies would be looked for among each other, of which neither is the nearest."""
+    copies = lines_of(*(f"{place}{n} {place}{n}-view" for n in range(10) for place in "aa"))
+    training, validation = split(copies, 0.2)
+    keys = [track.key for line in validation for track in line]
+    assert len(validation) == 4 and len(set(keys)) == len(keys) and len(training) == 12
+    training, validation = split(lines_of(*(f"piano{n // 2} other{n}" for n in range(20))), 0.2)
+    assert len(keys_of(validation)) == 8 and keys_of(training).isdisjoint(keys_of(validation))
+
+
 def test_lines_that_all_share_a_track_are_all_trained_on():
     lines = lines_of(*(f"take{number} score" for number in range(5)))
     assert split(lines, 0.1) == (lines, [])
@@ -702,6 +715,14 @@ def test_training_never_sees_the_tracks_to_validate_on(shards, tmp_path, quiet, 
     assert all(frame.tobytes() in frames for window in seen[1].numpy() for frame in window)
 
 
+def test_weights_that_broke_find_nothing(shards):
+    with Shards(shards) as read:
+        model = GatedAutoencoder(read.cqt.n_bins, recipe().model)
+        validation = Validation(read, read.lines, recipe().model.reach, 1)
+        torch.nn.init.constant_(model.filters_x, math.nan)
+        assert validation.score(model)[0] == 0
+
+
 def test_tracks_too_short_are_neither_trained_nor_validated_on(tmp_path, quiet):
     frames = [[tiny.music(n, n)] for n in [2, 3, 10, 30] * 3]
     tiny.write_shards(tmp_path / "short", frames)
@@ -720,12 +741,33 @@ def test_a_compiled_step_learns_the_same(shards, tmp_path, quiet, monkeypatch):
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
 
 
+def test_what_all_processes_gather_stands_apart_from_what_is_compiled():
+    def gathered(tensor, sync_grads):
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("all_gather is not supported under torch.compile")
+        return torch.stack([tensor, tensor])
+
+    graphs = []
+    gather = gatherer(SimpleNamespace(world_size=2, all_gather=gathered))
+    step = torch.compile(lambda x: (gather(x * 2) + 1).sum(), backend=lambda graph, inputs: graphs.append(graph) or graph)
+    assert step(torch.ones(3)) == 18 and len(graphs) == 2
+
+
 def test_without_a_compiler_one_line_says_so(shards, tmp_path, quiet, monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("No working C++ compiler found\n\nand more")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     with pytest.raises(TrainingError, match=r"^train\.compile: .*No working C\+\+ compiler found; install .* false$"):
+        learn(recipe(compile=True), shards, tmp_path)
+
+
+def test_a_gpu_that_the_compiler_does_not_serve_is_one_line(shards, tmp_path, quiet, monkeypatch):
+    def missing(graph, inputs):
+        raise TritonMissing(None)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=missing))
+    with pytest.raises(TrainingError, match=r"^train\.compile: .*Triton.*; install .* set it to false$"):
         learn(recipe(compile=True), shards, tmp_path)
 
 
