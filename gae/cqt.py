@@ -5,6 +5,7 @@ a frame's value never depends on how the samples arrived.
 """
 
 import tempfile
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from gae.errors import AudioError, in_temporary
 
 _PIECE = 16384  # frames transformed at a time
 _DUST = 1e-6  # of the largest magnitude: a frame without more holds rounding errors that sound before or after it left
+_LARGEST = 1e30  # of samples: sums of larger ones overflow
 _ALIGN = 64  # pieces overlap by a multiple of this, so that every octave's decimation starts on the same samples
 
 
@@ -45,13 +47,13 @@ def frames(samples, cqt):
     Raises
     ------
     AudioError
-        If the samples have more than one axis, or are NaN or infinite or no real numbers.
+        If the samples have more than one axis, or are NaN, infinite, 1e30 or more, or no real numbers.
     """
     samples = np.asarray(samples)
     if samples.ndim != 1:
         raise AudioError(f"samples: of shape {samples.shape}, not mono; gae.audio.mono mixes (n, channels) down")
-    if samples.dtype.kind not in "iuf" or not np.isfinite(samples := single(samples)).all():
-        raise AudioError(f"samples: of type {samples.dtype}, NaN or infinite; give finite real numbers")
+    if samples.dtype.kind not in "iuf" or not (np.abs(samples := single(samples)) < _LARGEST).all():  # NaN compares as false
+        raise AudioError(f"samples: of type {samples.dtype}, NaN, infinite or too large; give finite real numbers")
     with analyse([samples], cqt) as analysis:
         return np.concatenate([np.zeros((0, cqt.n_bins), np.float32), *analysis.blocks()])
 
@@ -188,14 +190,16 @@ def _margin(cqt):
 
 def _transform(samples, start, first, count, cqt):
     """Magnitudes of `count` frames from frame `first` on, of samples that begin at sample `start`."""
-    shortest = _margin(cqt) * cqt.hop_length  # librosa refuses less; silence after the end changes nothing
-    transform = librosa.cqt(
-        np.pad(samples, (0, max(0, shortest - len(samples)))),
-        sr=cqt.sample_rate,
-        hop_length=cqt.hop_length,
-        fmin=cqt.fmin,
-        n_bins=cqt.n_bins,
-        bins_per_octave=cqt.bins_per_octave,
-    )
+    shortest = _margin(cqt) * cqt.hop_length  # librosa refuses less
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "n_fft=.* is too large")  # beside what decimation leaves of so little, which is harmless
+        transform = librosa.cqt(
+            np.pad(samples, (0, max(0, shortest - len(samples)))),
+            sr=cqt.sample_rate,
+            hop_length=cqt.hop_length,
+            fmin=cqt.fmin,
+            n_bins=cqt.n_bins,
+            bins_per_octave=cqt.bins_per_octave,
+        )
     skip = first - start // cqt.hop_length
     return np.ascontiguousarray(np.abs(transform).T[skip : skip + count], dtype=np.float32)

@@ -1,5 +1,6 @@
 import errno
 import io
+import warnings
 
 import librosa
 import numpy as np
@@ -138,14 +139,16 @@ def test_silence_is_zero(compression):
     assert np.allclose(np.linalg.norm(made[(times < 1.9) | (times > 10.1)], axis=1), 1, atol=1e-5)
 
 
-def test_silence_ends_no_more_than_so_long_before_an_onset():
-    """0.78 s, as the README says: half of the longest window, and of the filter that halves the sample rate for it."""
-    rate = DEFAULT.sample_rate
-    times = np.arange(2 * rate) / rate
-    loud = np.where(times < 1, 0, sum(np.sin(2 * np.pi * n * 110 * times) / n for n in range(1, 20))).astype(np.float32)
-    heard = frames(loud, DEFAULT).any(axis=1)
+@pytest.mark.parametrize("offset", range(0, DEFAULT.hop_length, 64))
+@pytest.mark.parametrize("sound", ["click", "noise", "tone"])
+def test_silence_ends_no_more_than_so_long_before_an_onset(sound, offset):
+    """0.9 s, as the README says: half of the longest window, and of the filters that halve the sample rate for it."""
+    rate, onset = DEFAULT.sample_rate, DEFAULT.sample_rate + offset
+    times = np.arange(rate) / rate
+    sounds = {"click": times == 0, "noise": noise(rate), "tone": sum(np.sin(2 * np.pi * n * 110 * times) / n for n in range(1, 20))}
+    heard = frames(np.concatenate([np.zeros(onset), sounds[sound]]).astype(np.float32), DEFAULT).any(axis=1)
     first = frame_times(len(heard), DEFAULT)[heard.argmax()]
-    assert 0.5 < 1 - first <= 0.78
+    assert 0.5 < onset / rate - first <= 0.9
 
 
 def test_a_quiet_passage_is_no_silence():
@@ -161,6 +164,14 @@ def test_the_shortest_recordings_have_frames(n_samples):
     assert made.any()
 
 
+@pytest.mark.parametrize("seconds", [0.01, 0.5, 1.4])
+def test_short_recordings_make_no_noise_on_the_console(seconds):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = frames(noise(int(seconds * DEFAULT.sample_rate)), DEFAULT)
+    assert np.allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
+
+
 def test_nothing_has_no_frames():
     assert frames(np.zeros(0, np.float32), CQT).shape == (0, CQT.n_bins)
 
@@ -174,6 +185,12 @@ def test_several_channels_are_refused():
 def test_extreme_levels_stay_finite(level):
     made = frames((noise(3000).astype(np.float64) * level).astype(np.float32), CQT)
     assert np.isfinite(made).all() and made.any()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e32])
+def test_samples_that_no_transform_bears_are_refused(wrong):
+    with pytest.raises(AudioError, match="NaN, infinite or too large; give finite"):
+        frames(noise(3000) * np.float32(wrong), CQT)
 
 
 def test_compression_by_hand():
