@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 import unicodedata
 from collections import Counter
 from functools import lru_cache
@@ -15,7 +16,7 @@ from gae.compute import beside_files, map_tracks
 from gae.cqt import analyse, frame_times, single
 from gae.errors import AudioError, FormatError, ParamsError, one_line
 from gae.features import Features, Origin, check_suffix, validate, write
-from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
+from gae.files import beside, code_digest, content_hash, digest, link, read_json, sweep, write_json
 from gae.index import read_index
 from gae.locks import alone
 from gae.mapping import extract_blocks
@@ -127,7 +128,8 @@ def convert_list(params, shards, index, out):
         As `gae.index.index` writes it.
     out : Path
         Folder for a feature file each and index.json: {"schema", "model_sha256", "tracks": [{path, file, key, n_frames}],
-        "skipped": [{path, list, line, reason}]}. Files there that are what would be written are kept.
+        "skipped": [{path, list, line, reason}]}. Files there that are what would be written are kept, and so are those of a run that
+        was broken off, wherever DVC put the folder back meanwhile (`gae.files.beside`).
 
     Raises
     ------
@@ -160,12 +162,13 @@ def convert_list(params, shards, index, out):
         _keep(out, {job["source"]: job["file"] for job in jobs})
         map_tracks(convert_track, jobs, beside_files(params.compute), "convert", arguments)
         sweep(out)  # not before: the workers of a run that was killed a moment ago may still have been writing
+        shutil.rmtree(beside(out), ignore_errors=True)
         _forget(out, {job["file"] for job in jobs})
         write_json(out / "index.json", {"schema": SCHEMA, "model_sha256": model.sha256, "tracks": tracks, "skipped": skipped})
 
 
 def convert_track(job, weights, model_sha256, out, dtype):
-    """Write one track's features, unless they are there.
+    """Write one track's features, unless they are there or wait beside.
 
     Parameters
     ----------
@@ -182,9 +185,15 @@ def convert_track(job, weights, model_sha256, out, dtype):
     """
     model, file = _remembered(weights, model_sha256), Path(out) / job["file"]
     origin = Origin(model.cqt, job["source"], job["sha256"], model_sha256, job["made_by"])
-    if not _holds(file, job["n_frames"], origin, dtype):
+    if _holds(file, job["n_frames"], origin, dtype):
+        return
+    waiting = beside(out) / job["file"]
+    if _holds(waiting, job["n_frames"], origin, dtype):
+        waiting.replace(file)
+    else:
         n_frames, blocks = read_blocks(job["shard"], job["key"])
         write(file, extract_blocks(blocks, model), (n_frames, model.sizes.n_maps), origin, dtype)
+    link(file, waiting)
 
 
 def feature_names(paths):

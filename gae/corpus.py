@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from gae.compute import beside_files, n_cores, submitting
 from gae.errors import ParamsError
-from gae.files import code_digest, content_hash, digest, read_json, sweep, write_json
+from gae.files import beside, code_digest, content_hash, digest, link, read_json, sweep, write_json
 from gae.locks import alone
 from gae.scores import KINDS, Unplayable, arrange, catalogue, read_score
 from gae.synthesis import COMPASS, FREE, HUMAN, SAMPLE_RATE, STEADY, TAIL, Take, by_hand, draw_families, draw_programs, perform, synthesise
@@ -74,6 +74,7 @@ def render_corpus(params, out):
         described = [{key: value for key, value in report.items() if key not in _PRIVATE} for report in heldout + train]
         index = {"pieces": described, "left_out": left_out}
         write_json(out / "corpus.json", index)
+        shutil.rmtree(beside(out), ignore_errors=True)
     return index
 
 
@@ -202,7 +203,7 @@ def _keep_only(out, reports):
 
 
 def render_piece(piece, split, lead, folder, params):
-    """Render the takes of a piece, unless they are there: the unit of work.
+    """Render the takes of a piece, unless they are there or wait beside: the unit of work.
 
     Parameters
     ----------
@@ -212,7 +213,7 @@ def render_piece(piece, split, lead, folder, params):
     lead : str or None
         Family of the first take's sounds; None draws one.
     folder : Path
-        Where the files go; it appears whole or not at all.
+        Where the files go, <out>/<split>/<piece>; it appears whole or not at all.
     params : gae.params.Corpus
 
     Returns
@@ -220,8 +221,13 @@ def render_piece(piece, split, lead, folder, params):
     dict
         What is in the folder, as ``piece.json`` there has it, or ``{"id": ..., "left_out": reason}``.
     """
-    spec = _spec(piece, split, lead, params)
+    spec, waiting = _spec(piece, split, lead, params), beside(folder.parents[1]) / folder.parent.name / folder.name
     if (report := _kept(folder, spec)) is not None:
+        return report
+    if (report := _kept(waiting, spec)) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(waiting, folder)
+        link(folder, waiting)
         return report
     try:
         report, audio = _render(piece, split, lead, params)
@@ -230,6 +236,7 @@ def render_piece(piece, split, lead, folder, params):
     encoded = {f"{name}.flac": _encode(samples) for name, samples in audio.items()}
     report |= {"spec": spec, "files": {name: hashlib.sha256(data).hexdigest() for name, data in encoded.items()}}
     _write_folder(folder, report, encoded)
+    link(folder, waiting)
     return report
 
 

@@ -81,6 +81,27 @@ def remove_own(folder, names):
             folder.rmdir()
 
 
+def beside(out):
+    """The folder beside that of a stage, `out`, in which what the stage makes is linked until it has ended: .<out>-made.
+
+    `dvc exp run` begins by putting back in its outputs what dvc.lock names: what a run had made there that was broken off would be lost.
+    """
+    out = Path(os.path.realpath(out))
+    return out.parent / f".{out.name}-made"
+
+
+def link(path, other):
+    """Give a file, or each file of a folder, another name besides; none where the file system knows no links."""
+    with suppress(OSError):
+        other.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.rmtree(other, ignore_errors=True)
+            shutil.copytree(path, other, copy_function=os.link)
+        else:
+            other.unlink(missing_ok=True)
+            os.link(path, other)
+
+
 def write_json(path, value, durable=True):
     """Write `value` as indented JSON with sorted keys, whole or not at all; `durable` as for `replacing`."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,43 @@ def test_rerun_keeps_what_is_done_and_ends_in_the_same_bytes(project, in_this_pr
     stamp = kept.stat().st_mtime_ns
     project.run()
     assert project.files() == before and kept.stat().st_mtime_ns == stamp
+
+
+def test_what_a_run_that_was_broken_off_had_made_outlives_what_dvc_puts_back(project, in_this_process, monkeypatch):
+    """`dvc exp run` begins with the features of dvc.lock: here none."""
+
+    def after_one(job, *arguments):
+        if list(project.out.glob("*.h5")):
+            raise KeyboardInterrupt
+        convert_track(job, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert, "convert_track", after_one)
+        project.run()
+    (made,) = project.out.glob("*.h5")
+    bytes_made, stamp = made.read_bytes(), made.stat().st_mtime_ns
+    shutil.rmtree(project.out)
+    project.run()
+    assert made.read_bytes() == bytes_made and made.stat().st_mtime_ns == stamp and len(list(project.out.glob("*.h5"))) == 3
+    assert not (project.out.parent / ".features-made").exists()
+
+
+def test_features_that_wait_beside_are_not_taken_for_those_of_other_weights(project, in_this_process, tmp_path):
+    project.run()
+    wanted = project.files()
+    beside = tmp_path / ".features-made"
+    beside.mkdir()
+    one, other, _ = sorted(project.out.glob("*.h5"))
+    one.rename(beside / one.name)
+    (beside / other.name).write_bytes(b"half")
+    other = tmp_path / "other.safetensors"
+    save_model(other, tiny.model(seed=1).network, tiny.CQT)
+    weights, project.weights = project.weights, other
+    project.run()
+    assert not beside.exists() and project.files() != wanted
+    project.weights = weights
+    project.run()
+    assert project.files() == wanted
 
 
 def test_what_workers_of_a_killed_run_still_leave_is_swept(project, in_this_process, monkeypatch):

@@ -1,6 +1,7 @@
 """The built-in music: right pitches in all sounds, views of equal timing, true beats, and two sides that share nothing."""
 
 import json
+import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -202,7 +203,7 @@ def test_arrangements_differ_and_stay_within_what_a_score_may_hold():
 def test_a_share_of_the_pieces_is_arranged(few_pieces, tmp_path):
     def sounds(name, arranged, split):
         settings = SMALL.model_copy(update={"arranged": arranged})
-        return corpus.render_piece(few_pieces[0], split, None, tmp_path / name, settings)["files"]
+        return corpus.render_piece(few_pieces[0], split, None, tmp_path / split / name, settings)["files"]
 
     assert sounds("as-written", 0.0, "train") != sounds("arranged", 1.0, "train")
     assert sounds("heldout-0", 0.0, "heldout") == sounds("heldout-1", 1.0, "heldout")
@@ -212,8 +213,8 @@ def test_what_people_do_changes_neither_sounds_nor_keys(few_pieces, tmp_path):
     reports = {}
     for share in (0.0, 1.0):
         settings = SMALL.model_copy(update={"human": share})
-        reports[share] = corpus.render_piece(few_pieces[0], "train", None, tmp_path / str(share), settings)
-        views = [listen(tmp_path / str(share) / f"{view}.flac") for view in (1, 2)]
+        reports[share] = corpus.render_piece(few_pieces[0], "train", None, tmp_path / "train" / str(share), settings)
+        views = [listen(tmp_path / "train" / str(share) / f"{view}.flac") for view in (1, 2)]
         assert len(views[0]) == len(views[1]) == round(reports[share]["duration_s"] * RATE)
     assert reports[0.0]["sounds"] == reports[1.0]["sounds"] and reports[0.0]["files"] != reports[1.0]["files"]
 
@@ -377,8 +378,8 @@ def test_a_second_run_is_the_same_to_the_byte(rendered, few_pieces, tmp_path):
     out, index = rendered
     report = next(piece for piece in index["pieces"] if piece["split"] == "train")
     piece = next(piece for piece in few_pieces if piece.id == report["id"])
-    corpus.render_piece(piece, "train", None, tmp_path / "again", SMALL)
-    for path in (tmp_path / "again").iterdir():
+    corpus.render_piece(piece, "train", None, tmp_path / "train" / "again", SMALL)
+    for path in (tmp_path / "train" / "again").iterdir():
         assert path.read_bytes() == (out / "train" / piece.id / path.name).read_bytes()
 
 
@@ -400,6 +401,19 @@ def test_what_is_there_is_kept_and_what_is_stale_goes(rendered, few_pieces, tmp_
     (tmp_path / "train" / "dataset" / "labels.csv").write_text("the user's")
     corpus._keep_only(tmp_path, [])
     assert [path.name for path in (tmp_path / "train").iterdir()] == ["dataset"]
+
+
+def test_what_a_run_that_was_broken_off_had_rendered_outlives_what_dvc_puts_back(few_pieces, tmp_path):
+    folder, tune = tmp_path / "corpus" / "train" / "piece", next(piece for piece in few_pieces if piece.kind == "chorale")
+    waiting = tmp_path / ".corpus-made" / "train" / "piece"
+    report = corpus.render_piece(tune, "train", None, folder, SMALL)
+    stamp = (folder / "1.flac").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "corpus")
+    assert corpus.render_piece(tune, "train", None, folder, SMALL) == report and (folder / "1.flac").stat().st_mtime_ns == stamp
+    shutil.rmtree(tmp_path / "corpus")
+    (waiting / "1.flac").write_bytes(b"half")
+    assert corpus.render_piece(tune, "train", None, folder, SMALL) == report
+    assert (folder / "1.flac").stat().st_mtime_ns > stamp
 
 
 def test_pieces_under_way_are_waited_for_when_there_are_enough(monkeypatch):
@@ -449,11 +463,11 @@ def test_no_more_pieces_are_begun_than_can_be_wanted():
 @pytest.mark.parametrize("name", ["1.flac", "piece.json"])
 def test_what_is_damaged_is_rendered_again(few_pieces, tmp_path, name):
     tune = next(piece for piece in few_pieces if piece.kind == "tune")
-    report = corpus.render_piece(tune, "train", None, tmp_path / "piece", SMALL)
-    whole = (tmp_path / "piece" / name).read_bytes()
-    (tmp_path / "piece" / name).write_bytes(whole[: len(whole) // 2])
-    assert corpus.render_piece(tune, "train", None, tmp_path / "piece", SMALL) == report
-    assert (tmp_path / "piece" / name).read_bytes() == whole
+    report = corpus.render_piece(tune, "train", None, tmp_path / "train" / "piece", SMALL)
+    whole = (tmp_path / "train" / "piece" / name).read_bytes()
+    (tmp_path / "train" / "piece" / name).write_bytes(whole[: len(whole) // 2])
+    assert corpus.render_piece(tune, "train", None, tmp_path / "train" / "piece", SMALL) == report
+    assert (tmp_path / "train" / "piece" / name).read_bytes() == whole
 
 
 def test_more_music_than_there_is(few_pieces, tmp_path):
