@@ -116,7 +116,7 @@ def _expand(patterns, where, kinds=None):
 
 def _stands(pattern, files):
     """For what the wildcards of a pattern stand in the files that it gave: {texts: file}; nothing if that can't be told."""
-    folder = _folder(pattern := os.path.expanduser(pattern))
+    folder = _folder(pattern := _single_slashes(os.path.expanduser(pattern)))
     parts = re.split(r"(\*\*/+|\*+|\?|\[!?\]?[^\]]*\])", pattern[len(folder) :])
     whole = re.compile(_grouped(parts[::2], parts[1::2]), re.DOTALL)
     found = [whole.fullmatch(file[len(folder) :]) for file in files]
@@ -193,7 +193,7 @@ def _files(pattern, where, kinds=None):
 
 def _matches(pattern, where):
     """The files that a glob names, sorted. Some patterns would walk the same folders again and again, for ever."""
-    folder = _folder(pattern)
+    folder = _folder(pattern := _single_slashes(pattern))
     rest = pattern[len(folder) :]
     if re.search(r"[*?[].*/\.\.(/|$)", rest):
         raise ListError(f"{where}: {pattern} goes up (..) after a wildcard; write the path without")
@@ -206,3 +206,8 @@ def _folder(path):
         return ""
     ends = [slash.end() for slash in re.finditer("/", path[:_LONGEST])]
     return next((path[:end] for end in reversed(ends) if kind(os.path.expanduser(path[:end])) == "folder"), "")
+
+
+def _single_slashes(pattern):
+    """A pattern as the paths are spelt that it gives."""
+    return pattern if is_url(pattern) else re.sub("/+", "/", pattern)

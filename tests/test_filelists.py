@@ -208,6 +208,8 @@ def views(tmp_path, monkeypatch):
         ("[ab]1*.wav\tx/[ab]1*.flac", ["a1 b.wav x/a1 b.flac", "b1.wav x/b1.flac"]),
         ("piano/*\torgan/*", ["piano/1 piano.wav organ/1 organ.wav", "piano/2 piano.wav organ/2 organ.wav"]),
         ("piano/*\torgan/?.wav", ["piano/1.wav organ/1.wav", "piano/2.wav organ/2.wav"]),
+        ("piano//*.wav\torgan///*_s.wav", ["piano/1.wav organ/1_s.wav", "piano/10.wav organ/10_s.wav", "piano/2.wav organ/2_s.wav"]),
+        ("v//piano/*.wav\tv/organ/*.wav", ["v/piano/1.wav v/organ/1.wav", "v/piano/2.wav v/organ/2.wav"]),
         ("p [x]/*.wav\to [x]/*.wav", ["p [x]/1-b.wav o [x]/1-b.wav", "p [x]/1.wav o [x]/1.wav"]),
     ],
 )
