@@ -4,6 +4,13 @@ import errno
 import sys
 import tempfile
 
+FORBIDDEN = errno.EACCES, errno.EPERM
+# what the system says of a file that may be sound: no right to read it, a lock on it, a disk or a server that fails, too many open,
+# too little memory
+PASSING = (
+    *FORBIDDEN, errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ENOMEM, errno.ENOTCONN,
+    errno.EHOSTDOWN, errno.ESTALE, errno.ETIMEDOUT,
+)  # fmt: skip
 _LONGEST = 2000  # characters of a message
 _REMEDIES = {
     errno.ENOENT: "check the path",

@@ -1,6 +1,5 @@
 """HDF5 where the library alone would not do: on a disk that fills up, and in files whose damage it would read for ever."""
 
-import errno
 import os
 import re
 from contextlib import contextmanager
@@ -8,15 +7,9 @@ from io import FileIO
 
 import h5py
 
-from gae.errors import FormatError, reason
+from gae.errors import PASSING, FormatError, reason
 
 _HEAD = 1 << 20  # bytes looked at: there our files have their attributes
-# what the system says of a file that may be sound: no right to read it, a lock on it, a disk or a server that fails, too many open,
-# too little memory
-_PASSING = (
-    errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ENOMEM, errno.ENOTCONN,
-    errno.EHOSTDOWN, errno.ESTALE, errno.ETIMEDOUT,
-)  # fmt: skip
 
 
 @contextmanager
@@ -80,7 +73,7 @@ def telling(path, kind, remedy):
     except (FormatError, MemoryError):
         raise
     except Exception as error:  # h5py raises whatever the damage suggests to it
-        if (number := _errno(error)) in _PASSING:
+        if (number := _errno(error)) in PASSING:
             raise OSError(number, os.strerror(number), str(path)) from None
         raise FormatError(f"{path}: not a readable {kind} ({reason(error)[:200]}); {remedy}") from None
 

@@ -1,7 +1,8 @@
 """What the listed files are: path, bytes, content hash, duration, and which can't be used and why.
 
 Runs at every `dvc repro`, so it is cheap: a file whose size and modification time are as before is not opened again.
-What it writes depends on the files' content alone, so DVC goes on only where something really changed.
+What it writes depends on the files' content alone, and on the numbers of the lines whose files are skipped, so DVC goes on only
+where something really changed.
 """
 
 import os
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gae import audio, storage
 from gae.compute import by_place, map_tracks, runs_here
-from gae.errors import AudioError, FormatError, GaeError, ListError, warn
+from gae.errors import FORBIDDEN, PASSING, AudioError, FormatError, GaeError, ListError, warn
 from gae.filelists import read_list
 from gae.files import code_digest, content_hash, read_json, write_json
 
@@ -67,6 +68,7 @@ def index(params, out, remembered):
             if good:
                 usable.append([_entry(path, findings[path]) for path in good])
                 if role == "train":
+                    usable[-1] = _distinct(usable[-1], f"{names[role]}, line {line.number}")
                     _compare(usable[-1], f"{names[role]}, line {line.number}")
         if not usable:
             raise ListError(f"{names[role]}: lists nothing usable; add at least one audio file, one path a line")
@@ -177,6 +179,11 @@ def examine(path):
     -------
     dict
         sha256, bytes, and either samples, sample_rate and channels, or error: one line why it can't be used.
+
+    Raises
+    ------
+    OSError
+        If what keeps it from being read may pass: to leave it out would train another model, and once more when it is back.
     """
     finding = {"sha256": "", "bytes": 0}
     try:
@@ -186,8 +193,19 @@ def examine(path):
     except AudioError as error:
         return {**finding, "error": str(error)}
     except OSError as error:
+        if error.errno in PASSING and error.errno not in FORBIDDEN:
+            raise OSError(error.errno, error.strerror, path) from None
         return {"sha256": "", "bytes": 0, "error": f"{path}: {error.strerror}; check the path and its permissions"}
     return {**finding, "samples": info.n_samples, "sample_rate": info.sample_rate, "channels": info.channels}
+
+
+def _distinct(views, where):
+    """The views of a line without those whose content an earlier one has: they are no other sound."""
+    first = {}
+    for view in views:
+        if (same := first.setdefault(view["key"], view)) is not view:
+            warn(f"{where}: {view['path']} has the content of {same['path']} and is no view of its own; left out")
+    return list(first.values())
 
 
 def _version():

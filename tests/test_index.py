@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -336,15 +337,24 @@ def test_a_link_to_nothing_that_a_glob_finds_is_told(folder, opened):
     ]
 
 
-def test_a_file_on_a_disk_that_fails_is_tried_again(folder, opened, monkeypatch):
+def test_a_file_on_a_disk_that_fails_ends_the_run_and_is_tried_again(folder, opened, monkeypatch):
+    """To leave it out would train another model, and once more when the disk is well."""
     before = look()
     os.unlink("memory.json")
     with monkeypatch.context() as failing:
-        failing.setattr(module.audio, "probe", fail_with(OSError(5, "Input/output error", "music/a.wav")))
-        with pytest.raises(ListError):
+        failing.setattr(module.audio, "probe", fail_with(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(OSError, match=r"Input/output error: 'music/a\.wav'"):
             look()
+    assert read_json("index.json") == before
     opened.clear()
     assert look() == before and len(opened) == 4
+
+
+def test_a_view_of_the_same_content_is_none(folder, opened, capsys):
+    shutil.copy("music/a.wav", "music/copy.wav")
+    Path("train.txt").write_text("music/a.wav\tmusic/copy.wav\nmusic/b.flac\tmusic/a.wav\n")
+    assert [[file["path"] for file in line] for line in look()["train"]] == [["music/a.wav"], ["music/b.flac", "music/a.wav"]]
+    assert "train.txt, line 1: music/copy.wav has the content of music/a.wav and is no view of its own; left out" in capsys.readouterr().err
 
 
 def fail_with(error):
