@@ -335,8 +335,10 @@ def test_what_others_put_there_stays(both_lists, in_this_process, music):
     music.pipe("/bucket/staging/mine.txt", b"mine")
     music.pipe(f"/bucket/staging/{'0' * 16}/mine.h5", b"mine")
     music.pipe(f"/bucket/staging/{'0' * 16}/{'1' * 32}-12.h5", b"of other parameters")
+    music.pipe(f"/bucket/staging/another/{'0' * 16}/{'1' * 32}-12.h5", b"of another project")
     run("memory://bucket/staging/")
-    assert in_memory() == [f"/bucket/staging/{'0' * 16}/mine.h5", "/bucket/staging/mine.txt"]
+    another = f"/bucket/staging/another/{'0' * 16}/{'1' * 32}-12.h5"
+    assert in_memory() == [f"/bucket/staging/{'0' * 16}/mine.h5", another, "/bucket/staging/mine.txt"]
 
 
 def test_a_damaged_file_that_waits_is_one_line(both_lists, in_this_process, music):
