@@ -11,6 +11,7 @@ from gae.convert import feature_names
 from gae.cqt import frames as cqt_frames
 from gae.errors import FormatError
 from gae.evaluate import KINDS, TOLERANCES, heldout_file, heldout_pieces, read_figures
+from gae.files import read_json
 from gae.mapping import extract_frames
 from gae.measures import pool
 from gae.modelfile import load_model
@@ -32,7 +33,7 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     shards : Path
         Folder of shards: an excerpt of its first track is what the network is shown with.
     tracks : Path
-        Folder of feature files; each gets a picture, named by its stem.
+        Folder of features; each that its index lists gets a picture, named by the file's stem.
     metrics : Path
         JSON that `gae.evaluate` wrote.
     figures : Path
@@ -47,6 +48,7 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     heldout_pieces(corpus)  # before any work, lest it be missing
     if not tracks.is_dir():
         raise FormatError(f"{tracks}: no such folder; run `dvc repro convert`")
+    listed = _listed(tracks)
     cqt, plot, figures = model.cqt, params.plot, Path(figures)
     labels = {name: kind.label for name, kind in KINDS.items() if name in evaluation["invariance"]}
     frames, past, begin, title = _excerpt(shards, model, plot)
@@ -58,7 +60,19 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     )
     for drawing in tqdm(drawings, desc="pictures", unit="picture"):
         drawing()
-    map_tracks(draw_track, sorted(tracks.glob("*.h5")), beside_files(params.compute), "tracks", (figures / "tracks", plot))
+    map_tracks(draw_track, listed, beside_files(params.compute), "tracks", (figures / "tracks", plot))
+
+
+def _listed(tracks):
+    """The files that the index of a folder of features lists; others may lie there."""
+    try:
+        names = sorted({str(track["file"]) for track in read_json(tracks / "index.json")["tracks"]})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FormatError(f"{tracks / 'index.json'}: missing or damaged; run `dvc repro convert`") from None
+    there = {file.name: file for file in tracks.glob("*.h5")}
+    if lost := [name for name in names if name not in there]:
+        raise FormatError(f"{tracks}: lacks {lost[0]}, which its index lists; run `dvc repro convert`")
+    return [there[name] for name in names]
 
 
 def draw_track(file, folder, plot):

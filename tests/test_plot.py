@@ -74,8 +74,10 @@ def run(tmp_path):
     write_folder(tmp_path / "shards", [[(key, "music/first.wav")]], read_shard(tmp_path / "track.h5")[1], tiny.CQT, 1 << 20)
     save_model(tmp_path / "gae.safetensors", tiny.model().network, tiny.CQT)
     (tmp_path / "features").mkdir()
-    for name in ("song", "Für $Elise$ 楽", "no.dots"):
+    names = ("song", "Für $Elise$ 楽", "no.dots")
+    for name in names:
         features_file(tmp_path / "features" / f"{name}.h5", frames)
+    (tmp_path / "features" / "index.json").write_text(json.dumps({"tracks": [{"file": f"{name}.h5"} for name in names]}))
     (tmp_path / "metrics.json").write_text(json.dumps(metrics()))
     paths = ("corpus", "shards", "gae.safetensors", "features", "metrics.json", "figures")
     return [tmp_path / name for name in paths]
@@ -146,8 +148,8 @@ def test_damaged_figures_are_named_before_anything_is_drawn(run, in_this_process
 def test_what_is_not_there_to_draw_is_named(run, in_this_process):
     with pytest.raises(FormatError, match="none: no such folder; run `dvc repro convert`"):
         draw_all([*run[:3], run[0] / "none", *run[4:]])
-    write(run[3] / "empty.h5", [], (0, tiny.SIZES.n_maps), Origin(tiny.CQT, "empty.wav"))
-    with pytest.raises(FormatError, match=r"empty\.h5: holds no frame"):
+    write(run[3] / "song.h5", [], (0, tiny.SIZES.n_maps), Origin(tiny.CQT, "empty.wav"))
+    with pytest.raises(FormatError, match=r"song\.h5: holds no frame"):
         draw_all(run)
     (run[1] / "index.json").write_text(json.dumps({"schema": json.loads((run[1] / "index.json").read_text())["schema"], "lines": []}))
     with pytest.raises(FormatError, match="shards: holds no track; run `dvc repro preprocess`"):
@@ -174,6 +176,19 @@ def test_odd_excerpts_are_drawn_without_complaint(frames, tmp_path):
         draw_network(tiny.model().network, tiny.CQT, frames, tmp_path, plot=PLOT)
         draw_track(features_file(tmp_path / "odd.h5", frames), tmp_path, PLOT)
     assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_files_that_the_index_does_not_list_are_not_drawn(run, in_this_process):
+    (run[3] / "mine.h5").write_bytes(b"mine")
+    draw_all(run)
+    assert not (run[-1] / "tracks" / "mine.png").exists() and (run[-1] / "tracks" / "song.png").exists()
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"tracks": [{"file": "lost.h5"}]}', '{"tracks": [{"file": "../song.h5"}]}'])
+def test_an_index_that_does_not_fit_is_one_line(run, in_this_process, index):
+    (run[3] / "index.json").write_text(index)
+    with pytest.raises(FormatError, match="run `dvc repro convert`"):
+        draw_all(run)
 
 
 def test_same_features_same_bytes(tmp_path):
