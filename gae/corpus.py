@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from gae.compute import beside_files, n_cores, submitting
+from gae.compute import beside_files, n_cores, runs_here, submitting
 from gae.errors import ParamsError
 from gae.files import beside, code_digest, content_hash, digest, link, read_json, sweep, write_json
 from gae.locks import alone
@@ -34,7 +34,7 @@ from gae.synthesis import COMPASS, FREE, HUMAN, SAMPLE_RATE, STEADY, TAIL, Take,
 OTHER_TEMPI = (0.7, 1.4)  # times the score's, in which another player plays a held-out piece
 _HELDOUT_SHIFT = 6  # semitones: a held-out piece is transposed by at most this
 _PRIVATE = ("melodies", "spec", "files")  # of a report: what corpus.json does not have
-_PLAYERS = ("music21", "midirenderer", "pretty_midi", "soundfile", "soxr")  # packages that decide how a piece sounds
+_PLAYERS = ("music21", "midirenderer", "mido", "numpy", "pretty_midi", "soundfile", "soxr")  # packages that decide how a piece sounds
 _SECONDS = (20.0, 210.0)  # shorter pieces are left out, longer ones end early
 # Of two unrelated chorales at most 0.3 of the phrases agree, of two harmonisations of one melody as a rule 0.35 to 1.
 _PHRASE, _ALIKE, _FEW = 8, 0.3, 20  # intervals in a phrase; that share; fewer phrases than these count as these
@@ -82,7 +82,7 @@ def _render_corpus(params, compute, out):
     """Reports on the held-out pieces and those to train on, and what was left out, with reasons."""
     pieces, heldout, train = catalogue(), [], []
     with submitting(compute) as submit:
-        gather = partial(_gather, submit, 1 + 2 * (compute.workers or n_cores()))
+        gather = partial(_gather, partial(_in_order, submit, runs_here(compute)), 1 + 2 * (compute.workers or n_cores()))
         jobs = _jobs("heldout", _heldout_candidates(pieces, params.seed), out, params)
         left_out = gather(jobs, heldout, heldout, params.heldout, "held-out pieces", size=lambda report: 1, least=1)
 
@@ -120,7 +120,7 @@ def _jobs(split, candidates, out, params):
     return [(piece, split, lead, out / split / piece.id, params) for piece, lead in candidates]
 
 
-def _in_order(submit, jobs, wanted):
+def _in_order(submit, here, jobs, wanted):
     """Yield the reports of `render_piece` in the order of the jobs, with as many under way as `wanted()` says."""
     jobs, waiting = iter(jobs), deque()
     try:
@@ -130,22 +130,23 @@ def _in_order(submit, jobs, wanted):
                 return
             yield waiting.popleft().result()
     except GeneratorExit:  # nobody wants more
-        wait(waiting)  # Dask's workers end what they have begun: not after the folder was cleared up
+        # what has begun ends before the folder is cleared up; of Dask's work nobody can tell whether it has
+        wait([future for future in waiting if not (here and future.cancel())])
         raise
     finally:
         for future in waiting:
             future.cancel()
 
 
-def _gather(submit, most, jobs, chosen, rivals, goal, label, size, least):
+def _gather(rendered, most, jobs, chosen, rivals, goal, label, size, least):
     """Add reports to `chosen` until their sizes, `least` or more each, reach the goal.
 
-    Up to `most` jobs are under way, and no more than can be wanted.
+    `rendered` is `_in_order` with its first arguments. Up to `most` jobs are under way, and no more than can be wanted.
 
     Returns what was left out, with reasons: what can't be played, and what resembles one of the `rivals`.
     """
     left_out, total = [], 0
-    reports = _in_order(submit, jobs, lambda: min(most, math.ceil((goal - total) / least)))
+    reports = rendered(jobs, lambda: min(most, math.ceil((goal - total) / least)))
     with closing(reports), tqdm(total=goal, desc=f"corpus: {label}", unit="", mininterval=0.5) as bar:
         for report in reports:
             reason = report.get("left_out") or _resemblance(report, rivals)

@@ -5,6 +5,7 @@ import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -433,10 +434,27 @@ def test_pieces_under_way_are_waited_for_when_there_are_enough(monkeypatch):
 
     monkeypatch.setattr(corpus, "render_piece", render)
     with ThreadPoolExecutor(2) as pool:
-        reports = corpus._in_order(submit, [(number,) for number in range(20)], lambda: 5)
+        reports = corpus._in_order(submit, False, [(number,) for number in range(20)], lambda: 5)
         assert [next(reports), next(reports)] == [0, 1]
         reports.close()
         assert sorted(ended) == sorted(begun) and len(begun) < 20
+
+
+def test_pieces_that_have_not_begun_are_not_rendered_when_there_are_enough(monkeypatch):
+    begun, ended = [], []
+
+    def render(number):
+        begun.append(number)
+        time.sleep(0.05)
+        ended.append(number)
+        return number
+
+    monkeypatch.setattr(corpus, "render_piece", render)
+    with ThreadPoolExecutor(1) as pool:
+        reports = corpus._in_order(pool.submit, True, [(number,) for number in range(20)], lambda: 10)
+        assert next(reports) == 0
+        reports.close()
+        assert ended == begun and len(begun) < 4
 
 
 def test_a_second_rendering_beside_the_first_is_refused(tmp_path):
@@ -456,7 +474,8 @@ def test_no_more_pieces_are_begun_than_can_be_wanted():
 
     chosen = []
     jobs = [(number,) for number in range(20)]
-    assert corpus._gather(submit, 4, jobs, chosen, [], 7, "minutes", size=lambda report: report["minutes"], least=1) == []
+    rendered = partial(corpus._in_order, submit, True)
+    assert corpus._gather(rendered, 4, jobs, chosen, [], 7, "minutes", size=lambda report: report["minutes"], least=1) == []
     assert begun == [0, 1, 2, 3, 4] and max(under_way) == 4 and len(chosen) == 5
 
 
