@@ -81,6 +81,8 @@ def _outs(paths, out, suffix):
         return {paths[0]: Path(out)}
     if Path(out).suffix.lower() in SUFFIXES and not Path(out).is_dir():
         raise FormatError(f"{out}: named like one feature file, for {len(paths)} in a folder; name a folder")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise FormatError(f"{out}: a file that is there, for {len(paths)} in a folder; name a folder")
     return {path: Path(out) / (name + suffix) for path, name in feature_names(paths).items()}
 
 

@@ -123,6 +123,7 @@ def test_one_file_to_a_folder_in_another_format(folder, weights, capsys):
         (["song.wav", "--out", "song.mat"], "song.mat: features are written as"),
         (["song.wav", "--out", "out"], "out: neither a feature file (.h5, .npz, .csv) nor a folder; end a folder's name in /"),
         (["song.wav", "other.flac", "--out", "both.h5"], "both.h5: named like one feature file, for 2 in a folder; name a folder"),
+        (["song.wav", "other.flac", "--out", "bad.wav"], "bad.wav: a file that is there, for 2 in a folder; name a folder"),
         (["song.wav", "--out", "song.h5", "--weights", "none.safetensors"], "none.safetensors: no such model"),
         (["song.wav", "--out", "song.h5", "--weights", "bad.wav"], "bad.wav: not a model file"),
     ],
