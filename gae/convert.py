@@ -2,9 +2,9 @@
 
 import hashlib
 import re
-import shutil
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from gae.compute import beside_files, map_tracks
 from gae.cqt import analyse, frame_times, single
 from gae.errors import AudioError, FormatError, ParamsError, one_line
 from gae.features import Features, Origin, check_suffix, validate, write
-from gae.files import beside, code_digest, content_hash, digest, link, read_json, sweep, write_json
+from gae.files import beside, code_digest, content_hash, digest, link, read_json, remove_own, sweep, write_json
 from gae.index import read_index
 from gae.locks import alone
 from gae.mapping import extract_blocks
@@ -162,9 +162,9 @@ def convert_list(params, shards, index, out):
         _keep(out, {job["source"]: job["file"] for job in jobs})
         map_tracks(convert_track, jobs, beside_files(params.compute), "convert", arguments)
         sweep(out)  # not before: the workers of a run that was killed a moment ago may still have been writing
-        shutil.rmtree(beside(out), ignore_errors=True)
         _forget(out, {job["file"] for job in jobs})
         write_json(out / "index.json", {"schema": SCHEMA, "model_sha256": model.sha256, "tracks": tracks, "skipped": skipped})
+        remove_own(beside(out), r".+\.h5")
 
 
 def convert_track(job, weights, model_sha256, out, dtype):
@@ -189,7 +189,8 @@ def convert_track(job, weights, model_sha256, out, dtype):
         return
     waiting = beside(out) / job["file"]
     if _holds(waiting, job["n_frames"], origin, dtype):
-        waiting.replace(file)
+        with suppress(FileNotFoundError):  # the same by a worker that was believed dead
+            waiting.replace(file)
     else:
         n_frames, blocks = read_blocks(job["shard"], job["key"])
         write(file, extract_blocks(blocks, model), (n_frames, model.sizes.n_maps), origin, dtype)

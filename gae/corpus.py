@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections import deque
 from concurrent.futures import wait
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import cycle, islice
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from gae.compute import beside_files, n_cores, runs_here, submitting
 from gae.errors import ParamsError
-from gae.files import beside, code_digest, content_hash, digest, link, read_json, sweep, write_json
+from gae.files import beside, code_digest, content_hash, digest, link, read_json, remove_own, sweep, write_json
 from gae.locks import alone
 from gae.scores import KINDS, Unplayable, arrange, catalogue, read_score
 from gae.synthesis import COMPASS, FREE, HUMAN, SAMPLE_RATE, STEADY, TAIL, Take, by_hand, draw_families, draw_programs, perform, synthesise
@@ -74,7 +74,7 @@ def render_corpus(params, out):
         described = [{key: value for key, value in report.items() if key not in _PRIVATE} for report in heldout + train]
         index = {"pieces": described, "left_out": left_out}
         write_json(out / "corpus.json", index)
-        shutil.rmtree(beside(out), ignore_errors=True)
+        remove_own(beside(out), "train|heldout")
     return index
 
 
@@ -226,10 +226,12 @@ def render_piece(piece, split, lead, folder, params):
     if (report := _kept(folder, spec)) is not None:
         return report
     if (report := _kept(waiting, spec)) is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.move(waiting, folder)
-        link(folder, waiting)
-        return report
+        with suppress(FileNotFoundError):  # the same by a worker that was believed dead
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            waiting.rename(folder)
+            link(folder, waiting)
+            return report
     try:
         report, audio = _render(piece, split, lead, params)
     except Unplayable as reason:

@@ -11,6 +11,7 @@ PASSING = (
     *FORBIDDEN, errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ENOMEM, errno.ENOTCONN,
     errno.EHOSTDOWN, errno.ESTALE, errno.ETIMEDOUT,
 )  # fmt: skip
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what the system says of a disk that takes no more
 _LONGEST = 2000  # characters of a message
 _REMEDIES = {
     errno.ENOENT: "check the path",
@@ -20,6 +21,9 @@ _REMEDIES = {
     errno.ENOTDIR: "name a folder",
     errno.EPIPE: "nothing reads what is printed; files are written all the same",
     errno.EAGAIN: "let the program end that has it open, then run this again",
+    **dict.fromkeys(
+        [errno.EIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ESTALE, errno.ETIMEDOUT], "check the disk or the server, then run it again"
+    ),
 }
 
 

@@ -63,8 +63,8 @@ class Features:
     ----------
     values : ndarray, shape (n_frames, n_maps)
         In (-1, 1). Row t relates frame t to frames before it, the model's context, and to none after it. (A frame is no instant: it
-        hears its lowest pitch half a second to either side, after silence anything up to 0.9 s ahead, and is scaled by the
-        peak of the whole recording.)
+        hears its lowest pitch half a second to either side, after silence a sound up to 0.9 s ahead and an offset (DC) up to 2 s,
+        and is scaled by the peak of the whole recording.)
     times : ndarray of float64, shape (n_frames,)
         Centre of each frame in s.
     origin : Origin

@@ -1,8 +1,7 @@
 """What the listed files are: path, bytes, content hash, duration, and which can't be used and why.
 
 Runs at every `dvc repro`, so it is cheap: a file whose size and modification time are as before is not opened again.
-What it writes depends on the files' content alone, and on the numbers of the lines whose files are skipped, so DVC goes on only
-where something really changed.
+What it writes depends on the lists and on the files' content, so DVC goes on only where something really changed.
 """
 
 import os
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gae import audio, storage
 from gae.compute import by_place, map_tracks, runs_here
-from gae.errors import FORBIDDEN, PASSING, AudioError, FormatError, GaeError, ListError, warn
+from gae.errors import FORBIDDEN, FULL, PASSING, AudioError, FormatError, GaeError, ListError, warn
 from gae.filelists import read_list
 from gae.files import code_digest, content_hash, read_json, write_json
 
@@ -193,8 +192,8 @@ def examine(path):
     except AudioError as error:
         return {**finding, "error": str(error)}
     except OSError as error:
-        if error.errno in PASSING and error.errno not in FORBIDDEN:
-            raise OSError(error.errno, error.strerror, path) from None
+        if error.errno in {*PASSING, *FULL}.difference(FORBIDDEN):
+            raise OSError(error.errno, error.strerror, error.filename or path) from None
         return {"sha256": "", "bytes": 0, "error": f"{path}: {error.strerror}; check the path and its permissions"}
     return {**finding, "samples": info.n_samples, "sample_rate": info.sample_rate, "channels": info.channels}
 

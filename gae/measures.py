@@ -34,7 +34,7 @@ def invariance_top1(queries, candidates):
         If there are no rows, or not as many of both, or of other lengths, or with numbers that are NaN or infinite.
     """
     # in double precision, rounded afterwards: in single, equal candidates would differ by their places in the product
-    queries, candidates = _comparable(queries=np.asarray(queries, np.float64), candidates=np.asarray(candidates, np.float64))
+    queries, candidates = (rows.astype(np.float64) for rows in _comparable(queries=queries, candidates=candidates))
     versions, candidates = unit(queries if queries.ndim == 3 else queries[None]), unit(candidates)
     n = len(candidates)
     if versions.shape[1] != n:
@@ -242,17 +242,19 @@ def _floating(values):
 
 
 def _comparable(**sides):
-    """Two lots of rows, by name, as arrays: a row of each at least, of one length, and finite."""
-    arrays = {name: _floating(rows) for name, rows in sides.items()}
+    """Two lots of rows, by name, as arrays: a row of each at least, of one length, and finite. Of queries there may be several."""
+    arrays = {name: np.asarray(rows) for name, rows in sides.items()}
     for name, rows in arrays.items():
-        if rows.ndim < 2 or not rows.size:
+        if rows.ndim not in ((2, 3) if name == "queries" else (2,)) or not rows.size:
             raise ValueError(f"{name}: of shape {rows.shape}; give one row or more, (n_frames, d)")
+        if rows.dtype.kind not in "biuf":
+            raise ValueError(f"{name}: of type {rows.dtype}; give real numbers")
         if not np.isfinite(rows).all():
             raise ValueError(f"{name}: with numbers that are NaN or infinite; leave out or mend those rows")
     if len({rows.shape[-1] for rows in arrays.values()}) > 1:
         told = ", ".join(f"{name} of {rows.shape[-1]}" for name, rows in arrays.items())
         raise ValueError(f"rows of different lengths ({told}); give features of one kind")
-    return arrays.values()
+    return map(_floating, arrays.values())
 
 
 def _warp(score, performance):

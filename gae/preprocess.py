@@ -235,16 +235,11 @@ def _refuse(failure, on_error):
 def _remove(staging):
     """Remove the staged tracks, those of other parameters and half-written ones too, and nothing else."""
     if storage.is_url(staging):
-        own = re.compile(re.escape(_bare(staging)) + f"/{_MADE}{_WAITING.pattern}")
-        storage.remove([url for url in storage.below(staging) if own.fullmatch(_bare(url))])
+        own = re.compile(re.escape(storage.spelt(staging)) + f"/{_MADE}{_WAITING.pattern}")
+        storage.remove([url for url in storage.below(staging) if own.fullmatch(url)])
         return
     for folder in staging.glob("*"):
         if re.fullmatch(_MADE, folder.name):
             sweep(folder)
             remove_own(folder, _OWN)
     remove_own(staging, "")  # the folder itself, if that was all
-
-
-def _bare(url):
-    """A URL without its protocol, which storages spell in several ways."""
-    return url.split("://", 1)[1].lstrip("/")

@@ -4,7 +4,6 @@ Keys, endpoints and the like come from the storage's own configuration, such as 
 machine never meet fsspec.
 """
 
-import errno
 import glob
 import os
 import re
@@ -15,11 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from gae.errors import AudioError, GaeError, StorageError, in_temporary, reason
+from gae.errors import FULL, AudioError, GaeError, StorageError, in_temporary, reason
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _REQUESTS = 16  # under way at a time
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk of this machine says, where a copy goes
 # what tells two versions of a file apart, the surest first; each storage has its own word
 _VERSIONS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
 
@@ -179,6 +177,12 @@ def below(url):
         return sorted(files.unstrip_protocol(path) for path in files.find(url))
 
 
+def spelt(url):
+    """A URL as `below` spells it: a storage may leave out the account, or write a path in full."""
+    with _reached(url) as files:
+        return files.unstrip_protocol(files._strip_protocol(url))
+
+
 def remove(urls):
     """Remove files."""
     if urls:
@@ -202,7 +206,7 @@ def _reached(url, missing=None):
         package = getattr(error.__cause__, "name", None) or error.name
         raise StorageError(f"{url}: this storage needs another package; pip install {package} here and for the workers") from None
     except Exception as error:  # each storage raises its own
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in FULL:  # where a copy goes
             raise in_temporary(error) from None
         what = reason(error) or type(error).__name__
         raise StorageError(f"{url}: {what}; check the URL, and keys and endpoint in the storage's own configuration") from None

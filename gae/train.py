@@ -389,13 +389,13 @@ def split(lines, share):
     """Divide lines into (those to train on, those to validate on), by their content, whatever their order.
 
     Of five lines or more at least one is kept to validate on, if any share is; fewer are all trained on. A line that shares a
-    track with those to validate on is left out, lest its frames be looked for among themselves; if all do, all are trained on.
+    track with those to validate on is neither trained on nor validated on besides; if all do, all are trained on.
     """
     if not share or len(lines) < 5:
         return lines, []
     count = min(_VALIDATION_FRAMES, max(1, math.floor(share * len(lines))))  # each gives a frame at least
     held_out, keys = [], set()
-    for line in sorted(lines, key=lambda line: digest(line[0].key)):
+    for line in sorted(lines, key=lambda line: [digest(track.key) for track in line]):
         own = {track.key for track in line}
         if len(held_out) < count and keys.isdisjoint(own):
             held_out.append(line)

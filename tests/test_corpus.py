@@ -377,6 +377,7 @@ def flux(samples):
 
 def test_a_second_run_is_the_same_to_the_byte(rendered, few_pieces, tmp_path):
     out, index = rendered
+    assert not (out.parent / f".{out.name}-made").exists()
     report = next(piece for piece in index["pieces"] if piece["split"] == "train")
     piece = next(piece for piece in few_pieces if piece.id == report["id"])
     corpus.render_piece(piece, "train", None, tmp_path / "train" / "again", SMALL)

@@ -12,7 +12,7 @@ import tiny
 
 from gae import index as module
 from gae import params
-from gae.errors import AudioError, FormatError, GaeError, ListError
+from gae.errors import AudioError, FormatError, GaeError, ListError, in_temporary
 from gae.files import read_json, write_json
 from gae.index import index
 
@@ -348,6 +348,12 @@ def test_a_file_on_a_disk_that_fails_ends_the_run_and_is_tried_again(folder, ope
     assert read_json("index.json") == before
     opened.clear()
     assert look() == before and len(opened) == 4
+
+
+def test_a_full_disk_where_a_url_is_copied_to_leaves_no_track_out(folder, opened, monkeypatch):
+    monkeypatch.setattr(module.storage, "fetched", fail_with(in_temporary(OSError(errno.ENOSPC, "No space left on device"))))
+    with pytest.raises(OSError, match=r"No space left on device: .*named by TMPDIR"):
+        module.examine("memory://bucket/a.wav")
 
 
 def test_a_view_of_the_same_content_is_none(folder, opened, capsys):

@@ -116,6 +116,9 @@ def test_rows_that_compare_with_nothing_are_refused(compare):
         ((rows[:0], rows), r"of shape \(0, 4\); give one row or more"),
         ((rows, rows[:0]), r"of shape \(0, 4\); give one row or more"),
         ((rows, rows[0]), r"of shape \(4,\); give one row or more"),
+        ((rows[:, None], rows[:, None, None]), r"of shape \(30, 1, (1, )?4\); give one row or more"),
+        ((rows, rows.astype(object)), "of type object; give real numbers"),
+        ((rows * 1j, rows), "of type complex64; give real numbers"),
         ((rows, random(30, 5)), r"rows of different lengths \(.+ of 4, .+ of 5\)"),
     ):
         with pytest.raises(ValueError, match=said):

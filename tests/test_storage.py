@@ -256,6 +256,8 @@ def test_frames_wait_in_storages_that_have_folders(both_lists, in_this_process, 
     (tmp_path / "there").mkdir()
     assert run(f"file://{tmp_path}/there") == run("staging", "elsewhere")
     assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
+    run("file://there", "elsewhere")  # which this storage spells with the working folder
+    assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
     with pytest.raises(StorageError, match="there is no such file or bucket; correct the URL"):
         run(f"file://{tmp_path}/nowhere/at/all", "third")
 

@@ -689,8 +689,10 @@ def test_no_content_is_validated_on_twice():
     training, validation = split(copies, 0.2)
     keys = [track.key for line in validation for track in line]
     assert len(validation) == 4 and len(set(keys)) == len(keys) and len(training) == 12
-    training, validation = split(lines_of(*(f"piano{n // 2} other{n}" for n in range(20))), 0.2)
+    shared = lines_of(*(f"piano{n // 2} other{n}" for n in range(20)))
+    training, validation = split(shared, 0.2)
     assert len(keys_of(validation)) == 8 and keys_of(training).isdisjoint(keys_of(validation))
+    assert keys_of(split(shared[::-1], 0.2)[1]) == keys_of(validation)
 
 
 def test_lines_that_all_share_a_track_are_all_trained_on():
