@@ -86,7 +86,7 @@ SHIPPED_RECIPE = [  # models/pretrained.md
     "train.stretch=0.15",
     "train.validation=0",
 ]
-PRETRAINED = {  # those of other frames and lists come last: frames that are on none are forgotten
+PRETRAINED = {  # those of other lists come last: frames that are on none are forgotten
     "default": [],
     "reconstruction-objective": ["train.objective=reconstruction"],
     "contrast-0.28-to-0.0084": ["train.contrast=0.28", "train.contrast_kept=0.03"],
@@ -101,9 +101,7 @@ PRETRAINED = {  # those of other frames and lists come last: frames that are on 
     "context-9-of-9": DEFAULT["context-9-of-9"],
     "context-21-of-21": DEFAULT["context-21-of-21"],
     "adam": DEFAULT["adam"],
-    "from-c2": DEFAULT["from-c2"],
     "no-shifted-views": ["data.shifted_views=0"],
-    "4-hours": ["corpus.hours=4"],
     "no-recordings": ["data.train_list=data/train.txt"],
 }
 RECIPES = {"default": ([], DEFAULT), "pretrained": (SHIPPED_RECIPE, PRETRAINED)}
