@@ -418,8 +418,9 @@ def test_what_a_run_that_was_broken_off_had_rendered_outlives_what_dvc_puts_back
     assert (folder / "1.flac").stat().st_mtime_ns > stamp
 
 
-def test_pieces_under_way_are_waited_for_when_there_are_enough(monkeypatch):
-    """Dask's workers go on with what is cancelled: they would write into the folder after it was cleared up."""
+@pytest.fixture
+def slow(monkeypatch):
+    """Rendering takes a while and gives its first argument: what has begun, and what has ended."""
     begun, ended = [], []
 
     def render(number):
@@ -428,12 +429,19 @@ def test_pieces_under_way_are_waited_for_when_there_are_enough(monkeypatch):
         ended.append(number)
         return number
 
+    monkeypatch.setattr(corpus, "render_piece", render)
+    return begun, ended
+
+
+def test_pieces_under_way_are_waited_for_when_there_are_enough(slow):
+    """Dask's workers go on with what is cancelled: they would write into the folder after it was cleared up."""
+    begun, ended = slow
+
     def submit(function, *arguments):
         promise, work = Future(), pool.submit(function, *arguments)
         work.add_done_callback(lambda done: promise.cancelled() or promise.set_result(done.result()))
         return promise
 
-    monkeypatch.setattr(corpus, "render_piece", render)
     with ThreadPoolExecutor(2) as pool:
         reports = corpus._in_order(submit, False, [(number,) for number in range(20)], lambda: 5)
         assert [next(reports), next(reports)] == [0, 1]
@@ -441,16 +449,8 @@ def test_pieces_under_way_are_waited_for_when_there_are_enough(monkeypatch):
         assert sorted(ended) == sorted(begun) and len(begun) < 20
 
 
-def test_pieces_that_have_not_begun_are_not_rendered_when_there_are_enough(monkeypatch):
-    begun, ended = [], []
-
-    def render(number):
-        begun.append(number)
-        time.sleep(0.05)
-        ended.append(number)
-        return number
-
-    monkeypatch.setattr(corpus, "render_piece", render)
+def test_pieces_that_have_not_begun_are_not_rendered_when_there_are_enough(slow):
+    begun, ended = slow
     with ThreadPoolExecutor(1) as pool:
         reports = corpus._in_order(pool.submit, True, [(number,) for number in range(20)], lambda: 10)
         assert next(reports) == 0
