@@ -197,6 +197,30 @@ def convert_track(job, weights, model_sha256, out, dtype):
     link(file, waiting)
 
 
+def listed(out):
+    """The features that the index of a folder lists; other files may lie there.
+
+    Parameters
+    ----------
+    out : Path
+        As `convert_list` writes it.
+
+    Returns
+    -------
+    dict of str to str
+        For the path of each audio file the name of its features.
+
+    Raises
+    ------
+    FormatError
+        If the index is missing or damaged.
+    """
+    try:
+        return {str(track["path"]): str(track["file"]) for track in read_json(out / "index.json")["tracks"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FormatError(f"{out / 'index.json'}: missing or damaged; run `dvc repro convert`") from None
+
+
 def feature_names(paths):
     """A readable name for each path's features, without suffix: all different, even where case doesn't count.
 
@@ -315,10 +339,10 @@ def _forget(out, files):
 
 
 def _listed_before(out):
-    """Which file of the folder had the features of which audio, by its last index: {path: name}."""
+    """As `listed`, and nothing where there is no index."""
     try:
-        return {str(track["path"]): str(track["file"]) for track in read_json(out / "index.json")["tracks"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        return listed(out)
+    except FormatError:
         return {}
 
 

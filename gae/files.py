@@ -82,16 +82,32 @@ def remove_own(folder, names):
 
 
 def beside(out):
-    """The folder beside that of a stage, `out`, in which what the stage makes is linked until it has ended: .<out>-made.
+    """The folder in which what a stage makes is linked until it has ended.
 
     `dvc exp run` begins by putting back in its outputs what dvc.lock names: what a run had made there that was broken off would be lost.
+
+    Parameters
+    ----------
+    out : str or Path
+        The stage's output, a folder.
+
+    Returns
+    -------
+    Path
+        ``.<out>-made``, beside it; may be missing.
     """
     out = Path(os.path.realpath(out))
     return out.parent / f".{out.name}-made"
 
 
 def link(path, other):
-    """Give a file, or each file of a folder, another name besides; none where the file system knows no links."""
+    """Give a file, or each file of a folder, another name besides; none where the file system knows no links.
+
+    Parameters
+    ----------
+    path, other : Path
+        What there is, and its other name, whose folder is made. What is there goes.
+    """
     with suppress(OSError):
         other.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():

@@ -7,11 +7,10 @@ from tqdm import tqdm
 
 from gae import audio, features, pictures
 from gae.compute import beside_files, map_tracks
-from gae.convert import feature_names
+from gae.convert import feature_names, listed
 from gae.cqt import frames as cqt_frames
 from gae.errors import FormatError
 from gae.evaluate import KINDS, TOLERANCES, heldout_file, heldout_pieces, read_figures
-from gae.files import read_json
 from gae.mapping import extract_frames
 from gae.measures import pool
 from gae.modelfile import load_model
@@ -48,7 +47,7 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     heldout_pieces(corpus)  # before any work, lest it be missing
     if not tracks.is_dir():
         raise FormatError(f"{tracks}: no such folder; run `dvc repro convert`")
-    listed = _listed(tracks)
+    drawn = _drawn(tracks)
     cqt, plot, figures = model.cqt, params.plot, Path(figures)
     labels = {name: kind.label for name, kind in KINDS.items() if name in evaluation["invariance"]}
     frames, past, begin, title = _excerpt(shards, model, plot)
@@ -60,15 +59,12 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     )
     for drawing in tqdm(drawings, desc="pictures", unit="picture"):
         drawing()
-    map_tracks(draw_track, listed, beside_files(params.compute), "tracks", (figures / "tracks", plot))
+    map_tracks(draw_track, drawn, beside_files(params.compute), "tracks", (figures / "tracks", plot))
 
 
-def _listed(tracks):
-    """The files that the index of a folder of features lists; others may lie there."""
-    try:
-        names = sorted({str(track["file"]) for track in read_json(tracks / "index.json")["tracks"]})
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FormatError(f"{tracks / 'index.json'}: missing or damaged; run `dvc repro convert`") from None
+def _drawn(tracks):
+    """The feature files of a folder that its index lists."""
+    names = sorted(set(listed(tracks).values()))
     there = {file.name: file for file in tracks.glob("*.h5")}
     if lost := [name for name in names if name not in there]:
         raise FormatError(f"{tracks}: lacks {lost[0]}, which its index lists; run `dvc repro convert`")

@@ -77,7 +77,7 @@ def run(tmp_path):
     names = ("song", "Für $Elise$ 楽", "no.dots")
     for name in names:
         features_file(tmp_path / "features" / f"{name}.h5", frames)
-    (tmp_path / "features" / "index.json").write_text(json.dumps({"tracks": [{"file": f"{name}.h5"} for name in names]}))
+    (tmp_path / "features" / "index.json").write_text(json.dumps({"tracks": [{"path": name, "file": f"{name}.h5"} for name in names]}))
     (tmp_path / "metrics.json").write_text(json.dumps(metrics()))
     paths = ("corpus", "shards", "gae.safetensors", "features", "metrics.json", "figures")
     return [tmp_path / name for name in paths]
@@ -184,7 +184,9 @@ def test_files_that_the_index_does_not_list_are_not_drawn(run, in_this_process):
     assert not (run[-1] / "tracks" / "mine.png").exists() and (run[-1] / "tracks" / "song.png").exists()
 
 
-@pytest.mark.parametrize("index", ["{", "[]", '{"tracks": [{"file": "lost.h5"}]}', '{"tracks": [{"file": "../song.h5"}]}'])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"tracks": [{"path": "a", "file": "lost.h5"}]}', '{"tracks": [{"path": "a", "file": "../song.h5"}]}']
+)
 def test_an_index_that_does_not_fit_is_one_line(run, in_this_process, index):
     (run[3] / "index.json").write_text(index)
     with pytest.raises(FormatError, match="run `dvc repro convert`"):
