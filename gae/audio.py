@@ -165,7 +165,7 @@ def _open(path):
     if os.path.exists(path) and not os.path.isfile(path):
         raise AudioError(f"{path}: a pipe or a device, which can be read but once; write it to a file and convert that")
     try:
-        file = soundfile.SoundFile(os.fsencode(path))  # a name need not be UTF-8
+        file = soundfile.SoundFile(os.fsencode(os.path.join(os.curdir, path)))  # a name need not be UTF-8; "-" alone is standard input
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
         _raise_failing(error, path)
         if "No such file" in str(error) or "System error" in str(error):

@@ -70,6 +70,8 @@ def _outs(paths, out, suffix):
     """The feature file of each input: `out` itself, or one in the folder `out`."""
     if not (out and all(paths)):
         raise FormatError(f"{'AUDIO' if out else '--out'}: an empty name; write the path of a file")
+    if is_url(out):
+        raise FormatError(f"{out}: features are written to files of this machine; name a path, and copy them there")
     spelt = {}
     for path in paths:
         spelt.setdefault(absolute(path), path)

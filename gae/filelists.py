@@ -46,8 +46,7 @@ def read_list(file):
         If a URL can't be looked at.
     """
     seen, lines = set(), []
-    rows = [_columns(text_line) for text_line in _text_lines(file)]
-    kinds = each(kind, dict.fromkeys(column for columns in rows for column in columns if is_url(column)))
+    rows, kinds = _rows(file)
     for number, columns in enumerate(rows, start=1):
         for paths in _expand(columns, f"{file}, line {number}", kinds):
             if (spelt := tuple(map(absolute, paths))) in seen:
@@ -61,14 +60,15 @@ def read_list(file):
 def check_list(file, coming):
     """Raise what `read_list` would raise, but for what is to come into the folder `coming`."""
     coming = Path(os.path.abspath(coming))
-    for number, text_line in enumerate(_text_lines(file), start=1):
-        columns, where = _columns(text_line), f"{file}, line {number}"
+    rows, kinds = _rows(file)
+    for number, columns in enumerate(rows, start=1):
+        where = f"{file}, line {number}"
         there = [column for column in columns if not _to_come(column, coming)]
         if there == columns:
-            _expand(columns, where)
+            _expand(columns, where, kinds)
             continue
         for column in there:
-            _files(column, where)
+            _files(column, where, kinds)
 
 
 def _to_come(column, coming):
@@ -79,6 +79,12 @@ def _to_come(column, coming):
     start = _folder(path)
     above = Path(os.path.abspath(start)) in coming.parents and not is_url(path)
     return above and not coming.exists() and glob.has_magic(path) and "/" in path[len(start) :]
+
+
+def _rows(file):
+    """The columns of each line, and of each URL among them what is there: {url: kind}."""
+    rows = [_columns(text_line) for text_line in _text_lines(file)]
+    return rows, each(kind, dict.fromkeys(column for columns in rows for column in columns if is_url(column)))
 
 
 def _text_lines(file):
@@ -96,7 +102,7 @@ def _text_lines(file):
     return lines
 
 
-def _expand(patterns, where, kinds=None):
+def _expand(patterns, where, kinds):
     """The tuples of paths that one line stands for."""
     columns = [_files(pattern, where, kinds) for pattern in patterns]
     if len({len(column) for column in columns}) > 1:
@@ -172,10 +178,10 @@ def _uncommented(column):
     return column[: cuts[0]].rstrip()
 
 
-def _files(pattern, where, kinds=None):
+def _files(pattern, where, kinds):
     """The files that one column names, sorted; a name that exists is taken literally even if it looks like a glob."""
     pattern = os.path.expanduser(pattern)
-    what = kinds[pattern] if kinds and pattern in kinds else kind(pattern)
+    what = kinds[pattern] if pattern in kinds else kind(pattern)
     if what == "file":
         return [pattern]
     if what == "folder":

@@ -279,6 +279,8 @@ class Compute(Section):
     def _at_home(cls, staging):
         if "\0" in staging or re.fullmatch(r"[a-z0-9]+:/*", staging):
             raise ValueError("compute.staging: names no folder; write a path, or a URL with its bucket: s3://bucket/staging")
+        if "://" in staging and re.search(r"[*?[]", staging):
+            raise ValueError("compute.staging: *, ? and [ in a URL are wildcards to its storage; name another folder")
         return os.path.expanduser(staging)
 
     checkpoint_seconds: float = Field(

@@ -18,6 +18,7 @@ from gae.errors import FULL, AudioError, GaeError, StorageError, in_temporary, r
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _REQUESTS = 16  # under way at a time
+_SILENCE = 60  # s without a byte after which a web server is given up
 # what tells two versions of a file apart, the surest first; each storage has its own word
 _VERSIONS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
 
@@ -60,7 +61,8 @@ def matching(pattern):
         return sorted(path for path in found if os.path.isfile(path) or not os.path.exists(path))  # a link to nothing is to be told
     with _reached(pattern) as files:
         found = files.glob(pattern, detail=True)
-        return sorted(files.unstrip_protocol(path) for path, about in found.items() if about["type"] == "file")
+        # an object whose name ends in a slash stands for a folder
+        return sorted(_url(path, files, pattern) for path, about in found.items() if about["type"] == "file" and not path.endswith("/"))
 
 
 def _local(pattern):
@@ -95,7 +97,10 @@ def stamp(path):
             return [status.st_size, status.st_mtime_ns]
         return []
     with _reached(path) as files:
-        about = files.info(path)
+        try:
+            about = files.info(path)
+        except FileNotFoundError:  # as above
+            return []
     versions = [str(about[name]) for name in _VERSIONS if about.get(name)]
     return [about["size"], versions[0]] if versions else []
 
@@ -143,7 +148,7 @@ def all_fetched(paths):
     with tempfile.TemporaryDirectory(prefix="gae-") as folder:
         copies = {url: os.path.join(folder, f"{n}{named(url).suffix}") for n, url in enumerate(urls)}
         with _reached(urls[0] if len(copies) == 1 else os.path.dirname(urls[0]), missing=AudioError) as files:
-            files.get(list(copies), list(copies.values()))
+            files.get([files._strip_protocol(url) for url in copies], list(copies.values()))  # which not all do themselves
         try:
             yield [copies.get(path, path) for path in paths]
         except GaeError as error:
@@ -163,31 +168,32 @@ def storing(url):
         file = Path(folder) / named(url).name
         yield file
         with _reached(url, missing=StorageError) as files:
+            path = files._strip_protocol(url)
             try:
-                files.put_file(str(file), url)
+                files.put_file(str(file), path)
             except FileNotFoundError:  # some storages have folders
                 with suppress(FileExistsError):
-                    files.mkdir(os.path.dirname(url), create_parents=False)  # with parents S3 would make a bucket
-                files.put_file(str(file), url)
+                    files.mkdir(os.path.dirname(path), create_parents=False)  # with parents S3 would make a bucket
+                files.put_file(str(file), path)
 
 
 def below(url):
     """The URLs of all files below a folder."""
     with _reached(url, missing=StorageError) as files:
-        return sorted(files.unstrip_protocol(path) for path in files.find(url))
+        return sorted(_url(path, files, url) for path in files.find(url))
 
 
 def spelt(url):
     """A URL as `below` spells it: a storage may leave out the account, or write a path in full."""
     with _reached(url) as files:
-        return files.unstrip_protocol(files._strip_protocol(url))
+        return _url(files._strip_protocol(url), files, url)
 
 
 def remove(urls):
     """Remove files."""
     if urls:
         with _reached(urls[0]) as files:
-            files.rm(urls)
+            files.rm([files._strip_protocol(url) for url in urls])
 
 
 @contextmanager
@@ -197,7 +203,7 @@ def _reached(url, missing=None):
     What is not there raises `missing`, or goes on as FileNotFoundError.
     """
     try:
-        yield _file_system(re.match(r"[^:]+://[^/]*", url)[0])
+        yield _file_system(_root(url))
     except FileNotFoundError:
         if missing is None:
             raise
@@ -212,8 +218,32 @@ def _reached(url, missing=None):
         raise StorageError(f"{url}: {what}; check the URL, and keys and endpoint in the storage's own configuration") from None
 
 
+def _root(url):
+    """A URL up to the path on its host."""
+    return re.match(r"[^:]+://[^/]*", url)[0]
+
+
+def _url(path, files, url):
+    """The URL of a path of the file system that `url` is in: the paths of some hold no host."""
+    root = _root(url)
+    return files.unstrip_protocol(path) if files._strip_protocol(root).strip("/") else root + path
+
+
 @lru_cache(maxsize=16)
 def _file_system(root):
     import fsspec  # takes a while, which paths of this machine need not wait for
 
-    return fsspec.url_to_fs(root, use_listings_cache=False)[0]  # others write what is listed here
+    return fsspec.url_to_fs(root, **_options(root.split(":")[0]))[0]
+
+
+def _options(protocol):
+    """How the file system of a protocol is to be opened."""
+    if protocol in ("ssh", "sftp"):  # which take each option for one of their connection
+        return {}
+    others = {"use_listings_cache": False}  # others write what is listed here
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        # a file may take as long as it takes, as long as something comes; by default it is five minutes in all
+        others["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)}
+    return others

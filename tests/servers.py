@@ -1,10 +1,17 @@
 """Servers on the loopback interface, for the length of a test."""
 
 import contextlib
+import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
+
+SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
 
 
 def free_port():
@@ -32,6 +39,45 @@ def s3_server():
     port = free_port()
     with serving([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port):
         yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def ssh_server(place):
+    """Yield the address of OpenSSH's server: SFTP and nothing else, with keys that nobody else has, `host` and `user` in the folder."""
+    if not SSHD:
+        pytest.skip("no sshd on this machine")
+    port = free_port()
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(place / name)], check=True)
+    settings = {
+        "ListenAddress": f"127.0.0.1:{port}",
+        "HostKey": place / "host",
+        "AuthorizedKeysFile": place / "user.pub",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PasswordAuthentication": "no",
+        "KbdInteractiveAuthentication": "no",
+        "Subsystem": "sftp internal-sftp",
+        "ForceCommand": "internal-sftp",
+    }
+    (place / "config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+    with _privilege_separation(), serving([SSHD, "-D", "-e", "-f", str(place / "config")], port):
+        yield f"ssh://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def _privilege_separation():
+    """The empty folder that sshd wants to see where root starts it, as the system's own service makes it."""
+    folder = Path("/run/sshd")
+    made = os.geteuid() == 0 and not folder.exists()
+    if made:
+        folder.mkdir(mode=0o755)
+    try:
+        yield
+    finally:
+        if made:
+            folder.rmdir()
 
 
 def _wait_for_port(port, server):

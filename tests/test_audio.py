@@ -279,10 +279,12 @@ def test_a_damaged_flac_is_refused(write):
     refuse(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
     assert "check the path" in refuse(tmp_path / "missing.wav")
     refuse(tmp_path)
     refuse(tmp_path / "a\0b.wav")
+    monkeypatch.chdir(tmp_path)
+    refuse("-")  # to libsndfile standard input
     os.mkfifo(tmp_path / "pipe.wav")
     assert "a pipe or a device" in refuse(tmp_path / "pipe.wav")
 

@@ -80,6 +80,7 @@ def test_what_is_read_cannot_be_changed(load):
         ("data: {train_list: ''}", "data.train_list", "length >= 1"),
         ("compute: {scheduler: nonsense}", "compute.scheduler", "of the form"),
         ("compute: {staging: 's3://'}", "compute.staging", "s3://bucket/staging"),
+        ("compute: {staging: 's3://bucket/a[1]'}", "compute.staging", "wildcards"),
         ('compute: {staging: "a\\0b"}', "compute.staging", "write a path"),
         ("corpus: {hours: 0.0001}", "corpus.hours", ">= 0.001"),
         ("cqt: {gain: 1.0e-9}", "cqt.gain", ">= 0.01"),

@@ -4,22 +4,18 @@ Nothing is computed here: small files stand where the stages would write, and DV
 """
 
 import contextlib
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import boto3
 import pytest
 import yaml
 from project import Project
-from servers import free_port, s3_server, serving
+from servers import s3_server, ssh_server
 
 from gae.modelfile import SHIPPED
 
 NAMED = {"weights": ["models/gae.safetensors"], "features": ["features"], "everything": []}
-SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
 
 
 @pytest.fixture(scope="module")
@@ -165,41 +161,8 @@ def _s3(_):
 
 @contextlib.contextmanager
 def _ssh(place):
-    """OpenSSH's server on the loopback interface: SFTP and nothing else, with keys that nobody else has."""
-    if not SSHD:
-        pytest.skip("no sshd on this machine")
-    port = free_port()
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(place / name)], check=True)
-    settings = {
-        "ListenAddress": f"127.0.0.1:{port}",
-        "HostKey": place / "host",
-        "AuthorizedKeysFile": place / "user.pub",
-        "PidFile": "none",
-        "StrictModes": "no",
-        "UsePAM": "no",
-        "PasswordAuthentication": "no",
-        "KbdInteractiveAuthentication": "no",
-        "Subsystem": "sftp internal-sftp",
-        "ForceCommand": "internal-sftp",
-    }
-    (place / "config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
-    with _privilege_separation(), serving([SSHD, "-D", "-e", "-f", str(place / "config")], port):
-        yield {"url": f"ssh://127.0.0.1:{port}{place}", "keyfile": str(place / "user")}
-
-
-@contextlib.contextmanager
-def _privilege_separation():
-    """The empty folder that sshd wants to see where root starts it, as the system's own service makes it."""
-    folder = Path("/run/sshd")
-    made = os.geteuid() == 0 and not folder.exists()
-    if made:
-        folder.mkdir(mode=0o755)
-    try:
-        yield
-    finally:
-        if made:
-            folder.rmdir()
+    with ssh_server(place) as address:
+        yield {"url": f"{address}{place}", "keyfile": str(place / "user")}
 
 
 def _outputs(project):

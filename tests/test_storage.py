@@ -14,6 +14,7 @@ import boto3
 import fsspec
 import pytest
 import s3fs
+import servers
 import soundfile
 import tiny
 
@@ -132,6 +133,63 @@ def test_a_url_that_names_no_file_is_refused_with_its_line(music, line, words):
     assert str(caught.value).startswith(f"train.txt, line 3: {words}")
 
 
+class Hosted(type(fsspec.filesystem("memory"))):
+    """A storage whose paths do not hold the host, as that of FTP, and which takes no options but its own, as that of SSH."""
+
+    protocol = "sftp"
+    store, pseudo_dirs = {}, [""]
+
+    def __init__(self, host=None, **options):
+        assert host == "host" and not options
+        super().__init__()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("sftp://host").strip("/")
+
+    @staticmethod
+    def _get_kwargs_from_urls(url):
+        return {"host": url.removeprefix("sftp://").split("/")[0]}
+
+
+def test_paths_without_a_host_are_given_it_back(music, monkeypatch):
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "sftp", Hosted)
+    for name in "ab":
+        with fsspec.open(f"sftp://host/music/{name}.wav", "wb") as file:
+            file.write(Path(f"music/{name}.wav").read_bytes())
+    urls = [f"sftp://host/music/{name}.wav" for name in "ab"]
+    lists(["sftp://host/music/*.wav"], [])
+    assert [line.paths[0] for line in read_list("train.txt")] == storage.below("sftp://host/music") == urls
+    assert storage.spelt("sftp://host/music/") == "sftp://host/music"
+    convert_file(urls[0], "a.h5", "pretrained")
+    assert read("a.h5").origin.source == urls[0]
+
+
+def test_files_are_reached_by_ssh(music, tmp_path, monkeypatch):
+    with servers.ssh_server(tmp_path) as address:
+        keys, host = tmp_path / "home" / ".ssh", (tmp_path / "host.pub").read_text()
+        keys.mkdir(parents=True)
+        (tmp_path / "user").rename(keys / "id_ed25519")
+        (keys / "known_hosts").write_text(f"[127.0.0.1]:{address.rsplit(':')[-1]} {host}")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        url = f"{address}{tmp_path}/music"
+        lists([f"{url}/[ab].wav"], [f"{url}/a.wav"])
+        assert [line.paths[0] for line in read_list("train.txt")] == [f"{url}/a.wav", f"{url}/b.wav"]
+        assert storage.stamp(f"{url}/a.wav")[0] == os.path.getsize("music/a.wav")
+        convert_file(f"{url}/a.wav", "a.h5", "pretrained")
+        with storage.storing(f"{url}/staging/b.h5") as path:
+            path.write_text("b")
+        assert storage.below(f"{url}/staging") == [f"{url}/staging/b.h5"]
+        storage.remove(storage.below(f"{url}/staging"))
+        assert not list(Path("music/staging").iterdir())
+        storage._file_system.cache_clear()
+    assert read("a.h5").origin.source == f"{url}/a.wav"
+
+
+def test_what_goes_between_its_listing_and_its_stamp_is_told_by_whoever_opens_it(music):
+    assert storage.stamp("memory://bucket/gone.wav") == storage.stamp("music/gone.wav") == []
+
+
 def test_a_storage_nobody_knows_is_one_line(music):
     lists(["nonsense://bucket/a.wav"], [])
     with pytest.raises(StorageError, match=r"^nonsense://bucket/a\.wav: Protocol not known: nonsense; check the URL") as caught:
@@ -241,6 +299,11 @@ def test_what_a_server_says_is_passed_on(status, said):
     if status == 404:
         with pytest.raises(StorageError, match="check the URL"):  # nobody listens any more
             read_list("list.txt")
+
+
+def test_a_download_may_take_long_as_long_as_something_comes():
+    timeout = storage._file_system("https://example.org").client_kwargs["timeout"]
+    assert timeout.total is None and timeout.sock_read and timeout.sock_connect
 
 
 def test_a_full_disk_here_is_not_blamed_on_the_url(music, monkeypatch):
@@ -522,6 +585,8 @@ def test_a_cluster_that_shares_files_and_loses_a_worker_gives_the_same_bytes(clu
 def test_a_bucket_is_listed(bucket):
     lists(["s3://audio/t[2-4].wav", "s3://audio/**/t9.wav"], [])
     assert [line.paths[0] for line in read_list("train.txt")] == [f"s3://audio/t{number}.wav" for number in (2, 3, 4, 9)]
+    bucket.put_object(Bucket="audio", Key="disc/")  # as what consoles show as a folder
+    assert storage.matching("s3://audio/**") == [f"s3://audio/{name}.wav" for name in TRACKS]
     stamp = storage.stamp("s3://audio/t2.wav")
     bucket.upload_file("music/t3.wav", "audio", "t2.wav")
     assert storage.stamp("s3://audio/t2.wav") != stamp  # of one size
