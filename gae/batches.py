@@ -119,6 +119,7 @@ class Excerpts:
     def _draw(self, step):
         """The `_Draws` of a step, drawn for the excerpts of all processes: this one's."""
         train, n = self.train, self.train.batch
+        shift = min(train.shift, self._shape[-1] - 1)  # or nothing would be left of a frame
         # numbers from n on are no excerpt's: what is drawn for all must not be what a mask is drawn from
         rng = np.random.default_rng([train.seed, step, n])
         lines = np.searchsorted(self._until, rng.integers(self._until[-1], size=n), side="right")
@@ -126,10 +127,10 @@ class Excerpts:
         view = rng.integers(n_views)
         tempi, bends = np.ones((2, n)), np.zeros((2, n, len(self._waves)), np.float32)
         if train.objective == "reconstruction":
-            shifts = np.stack([np.zeros(n, int), np.full(n, rng.integers(-train.shift, train.shift + 1))])
+            shifts = np.stack([np.zeros(n, int), np.full(n, rng.integers(-shift, shift + 1))])
             views = np.stack([view, view])
         else:
-            shifts = rng.integers(-train.shift, train.shift + 1, size=(2, n))
+            shifts = rng.integers(-shift, shift + 1, size=(2, n))
             other = (n_views > 1) & (rng.random(n) < train.view_share)
             views = np.stack([view, (view + other * rng.integers(1, np.maximum(n_views, 2))) % n_views])
             tempi[rng.integers(2, size=n), np.arange(n)] = np.where(other, (1 + train.stretch) ** rng.uniform(-1, 1, n), 1)

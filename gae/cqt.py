@@ -14,7 +14,8 @@ import numpy as np
 
 from gae.errors import AudioError, in_temporary
 
-_PIECE = 16384  # frames transformed at a time
+_PIECE = 16384  # frames transformed at a time, at most
+_HELD = 1 << 24  # of their samples, or numbers of their longest spectra, at most
 _DUST = 1e-6  # of the largest magnitude: a frame without more holds rounding errors that sound before or after it left
 _LARGEST = 1e30  # of samples: sums of larger ones overflow
 _ALIGN = 64  # pieces overlap by a multiple of this, so that every octave's decimation starts on the same samples
@@ -118,11 +119,11 @@ def magnitude_blocks(sample_blocks, cqt):
     ndarray of float32, shape (n, cqt.n_bins)
         Successive magnitudes, 1 + n_samples // hop_length in all.
     """
-    hop, margin = cqt.hop_length, _margin(cqt) * cqt.hop_length
+    hop, margin, length = cqt.hop_length, _margin(cqt) * cqt.hop_length, _piece_length(cqt)
 
     def span(first):
         """Where the samples begin and end that the piece from frame `first` on needs."""
-        return max(0, first * hop - margin), (first + _PIECE) * hop + margin
+        return max(0, first * hop - margin), (first + length) * hop + margin
 
     held, start, end, first = [], 0, 0, 0  # samples `start` to `end` are held; `first` is the next frame
     for block in sample_blocks:
@@ -130,14 +131,14 @@ def magnitude_blocks(sample_blocks, cqt):
         end += len(block)
         while end >= span(first)[1]:
             samples = held[0] if len(held) == 1 else np.concatenate(held)
-            yield _transform(samples[: span(first)[1] - start], start, first, _PIECE, cqt)
-            first += _PIECE
+            yield _transform(samples[: span(first)[1] - start], start, first, length, cqt)
+            first += length
             held, start = [samples[span(first)[0] - start :]], span(first)[0]
     n_frames = 1 + end // hop if end else 0
     samples = np.concatenate(held) if first < n_frames else None
-    for frame in range(first, n_frames, _PIECE):  # what is left may be up to a margin longer than one piece
+    for frame in range(first, n_frames, length):  # what is left may be up to a margin longer than one piece
         begin, until = span(frame)
-        yield _transform(samples[begin - start : until - start], begin, frame, min(_PIECE, n_frames - frame), cqt)
+        yield _transform(samples[begin - start : until - start], begin, frame, min(length, n_frames - frame), cqt)
 
 
 def compress(magnitudes, peak, cqt):
@@ -181,6 +182,17 @@ def silence(magnitudes, peak):
     Standardising would blow it up.
     """
     return np.where(magnitudes.max(axis=1, keepdims=True) > _DUST * peak, magnitudes, np.float32(0))
+
+
+def _piece_length(cqt):
+    """Frames transformed at a time: so many as memory holds, and not so few that most of the work is for their overlap.
+
+    librosa halves the rate from octave to octave as long as the hop is even. Where that ends early, spectra of low octaves are long.
+    """
+    octaves = -(-cqt.n_bins // cqt.bins_per_octave)
+    halvings = min(octaves - 1, (cqt.hop_length & -cqt.hop_length).bit_length() - 1)
+    each = max(cqt.hop_length, cqt.longest_filter / 2**halvings)
+    return min(_PIECE, max(_ALIGN * int(_HELD / each / _ALIGN), 2 * _margin(cqt)))
 
 
 def _margin(cqt):

@@ -5,6 +5,7 @@ another sound with a timing of its own.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from gae import audio
 from gae.compute import beside_files, map_tracks
 from gae.convert import convert_file
 from gae.cqt import compress, magnitude_blocks, silence, standardise, transpose
-from gae.errors import FormatError, ParamsError
+from gae.errors import AudioError, FormatError, ParamsError
 from gae.files import read_json, replacing, write_json
 from gae.mapping import extract_frames, with_past
 from gae.measures import align, beats_within, bootstrap, invariance_top1, pool, stack
@@ -92,7 +93,7 @@ def evaluate(params, corpus, out, metrics, text):
     Raises
     ------
     FormatError
-        If the corpus or the model is missing or damaged.
+        If the corpus, or audio in it, or the model is missing or damaged.
     ParamsError
         If a piece is shorter than `evaluate.stack` frames.
     """
@@ -162,6 +163,15 @@ def _is_whole(piece):
 def heldout_file(corpus, piece, take):
     """The audio of a held-out piece; `take` is "original", "transposed" or "performance"."""
     return Path(corpus) / "heldout" / piece["id"] / f"{take}.flac"
+
+
+@contextmanager
+def intact(path):
+    """Where the audio of a held-out piece is no audio any more: it was rendered, so nobody can copy it again."""
+    try:
+        yield
+    except AudioError:
+        raise FormatError(f"{path}: missing or damaged; run `dvc repro corpus`") from None
 
 
 def judge(item, corpus, model, settings):
@@ -309,7 +319,8 @@ def delayed(values, lags):
 def _represent(path, model, k):
     """A recording that was transposed by k semitones, as the rows of which kinds of features are made: (n_frames, d) each."""
     cqt = model.cqt
-    magnitudes = np.concatenate(list(magnitude_blocks(audio.blocks(path, cqt.sample_rate), cqt)))
+    with intact(path):
+        magnitudes = np.concatenate(list(magnitude_blocks(audio.blocks(path, cqt.sample_rate), cqt)))
     compressed = compress(silence(magnitudes, magnitudes.max()), magnitudes.max(), cqt)
     frames = standardise(compressed)
     # standardised first: what comes in from beyond the range is then unknown, not silent, and more is found
@@ -371,11 +382,12 @@ def _invariance(reports, settings):
     """Top-1 for each kind of feature, over the candidates of all pieces together."""
     figures = {kind: {} for kind in reports[0]["samples"]}
     for kind in tqdm(figures, desc="invariance", unit="feature", leave=False):
+        samples = [report["samples"].pop(kind) for report in reports]  # the frames of all pieces take memory: each kind's go with it
         for name, n in (("top1", 1), ("top1_stacked", settings.stack)):
-            queries, candidates = (np.concatenate([report["samples"][kind][side][:, :n] for report in reports]) for side in (0, 1))
+            queries, candidates = (np.concatenate([sides[side][:, :n] for sides in samples]) for side in (0, 1))
             versions = _versions(KINDS[kind], queries)
             found = invariance_top1(versions.reshape(*versions.shape[:2], -1), candidates.reshape(len(candidates), -1))
-            ends = np.cumsum([len(report["samples"][kind][0]) for report in reports])
+            ends = np.cumsum([len(original) for original, _ in samples])
             figures[kind] |= _figure(name, [part.mean() for part in np.split(found, ends[:-1])], settings)
     return figures
 
@@ -385,7 +397,8 @@ def _alignment(reports, settings):
         shares = np.array([report["alignment"][kind, key] for report in reports if report["alignment"]])
         return {name: value for n, column in enumerate(TOLERANCES) for name, value in _figure(column, shares[:, n], settings).items()}
 
-    return {kind: {key: figures(kind, key) for key in ("transposed", "untransposed")} for kind in reports[0]["samples"]}
+    kinds = dict.fromkeys(kind for report in reports for kind, _ in report["alignment"])
+    return {kind: {key: figures(kind, key) for key in ("transposed", "untransposed")} for kind in kinds}
 
 
 def _figure(name, values, settings):

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 _CELLS = 1 << 28  # of an alignment's table, a byte each; what would have more is searched about a path through means of rows
-_SIMILARITIES = 1 << 24  # held at a time when nearest frames are looked for
+_HELD = 1 << 24  # numbers at a time, of rows in double precision, of similarities or of distances
 
 
 def invariance_top1(queries, candidates):
@@ -33,14 +33,18 @@ def invariance_top1(queries, candidates):
     ValueError
         If there are no rows, or not as many of both, or of other lengths, or with numbers that are NaN or infinite.
     """
-    # in double precision, rounded afterwards: in single, equal candidates would differ by their places in the product
-    queries, candidates = (rows.astype(np.float64) for rows in _comparable(queries=queries, candidates=candidates))
-    versions, candidates = unit(queries if queries.ndim == 3 else queries[None]), unit(candidates)
-    n = len(candidates)
+    queries, candidates = _comparable(queries=queries, candidates=candidates)
+    versions = queries if queries.ndim == 3 else queries[None]
+    n, length = candidates.shape
     if versions.shape[1] != n:
         raise ValueError(f"{versions.shape[1]} queries for {n} candidates; give each query its own")
-    step = max(1, _SIMILARITIES // n)
-    return np.concatenate([_found(versions[:, start : start + step], candidates, start) for start in range(0, n, step)])
+    step = max(1, min(_HELD // n, _HELD // length))
+    blocks = [slice(start, start + step) for start in range(0, n, step)]
+    # in double precision, rounded afterwards: in single, equal candidates would differ by their places in the product
+    precise = np.empty((n, length))
+    for block in blocks:
+        precise[block] = unit(candidates[block].astype(np.float64))
+    return np.concatenate([_found(unit(versions[:, block].astype(np.float64)), precise, block.start) for block in blocks])
 
 
 def stack(values, starts, n):
@@ -62,7 +66,10 @@ def stack(values, starts, n):
 
 def pool(values, n):
     """Means of `n` successive frames each: (n_frames, d) to (ceil(n_frames / n), d); the last may be of fewer."""
-    values, starts = _floating(values), np.arange(0, len(values), n)
+    if n < 1:
+        raise ValueError(f"means of {n} frames; give 1 or more")
+    values = _floating(values)
+    starts = np.arange(0, len(values), n)
     counts = np.diff(np.append(starts, len(values)))
     return np.add.reduceat(values, starts, axis=0) / counts[:, None].astype(values.dtype)
 
@@ -171,15 +178,23 @@ def beats_within(estimated, true, tolerances):
     Returns
     -------
     list of float
+
+    Raises
+    ------
+    ValueError
+        If there are no beats, or not as many of both.
     """
-    error = np.abs(np.asarray(estimated) - np.asarray(true))
+    estimated, true = np.asarray(estimated), np.asarray(true)
+    if estimated.shape != true.shape or not true.size:
+        raise ValueError(f"estimated of shape {estimated.shape}, true of {true.shape}; give one beat or more, as many of both")
+    error = np.abs(estimated - true)
     return [float(np.mean(error <= tolerance)) for tolerance in tolerances]
 
 
 def bootstrap(values, n, seed):
     """Standard error of the mean over tracks, by drawing the tracks again with replacement.
 
-    Times sqrt(n_tracks / (n_tracks - 1)), without which it is too small for few tracks.
+    Times sqrt(n_tracks / (n_tracks - 1)), without which it is too small for few tracks. Of a single track it is 0: nothing is known of it.
 
     Parameters
     ----------
@@ -237,18 +252,24 @@ def _found(versions, candidates, start):
 
 def _floating(values):
     """Values as floating-point numbers of single precision at least: sums in half precision stop growing at 2,048."""
-    values = np.asarray(values)
-    return values.astype(np.result_type(values, np.float32), copy=False)
+    return _numbers(values).astype(np.result_type(np.asarray(values), np.float32), copy=False)
+
+
+def _numbers(values, name="values"):
+    """Values as an array of real numbers."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        kind = array.dtype if isinstance(values, np.ndarray) else type(values).__name__
+        raise ValueError(f"{name}: of type {kind}; give real numbers, such as the `values` of features")
+    return array
 
 
 def _comparable(**sides):
     """Two lots of rows, by name, as arrays: a row of each at least, of one length, and finite. Of queries there may be several."""
-    arrays = {name: np.asarray(rows) for name, rows in sides.items()}
+    arrays = {name: _numbers(rows, name) for name, rows in sides.items()}
     for name, rows in arrays.items():
         if rows.ndim not in ((2, 3) if name == "queries" else (2,)) or not rows.size:
             raise ValueError(f"{name}: of shape {rows.shape}; give one row or more, (n_frames, d)")
-        if rows.dtype.kind not in "biuf":
-            raise ValueError(f"{name}: of type {rows.dtype}; give real numbers")
         if not np.isfinite(rows).all():
             raise ValueError(f"{name}: with numbers that are NaN or infinite; leave out or mend those rows")
     if len({rows.shape[-1] for rows in arrays.values()}) > 1:
@@ -275,10 +296,12 @@ def _cheapest(score, performance, starts, ends):
     places = np.concatenate([[0], np.cumsum(ends - starts)])  # of each row's first cell among all
     steps = np.empty(places[-1], np.uint8)
     total, before = np.zeros(1), -1  # the path comes from the corner before the first cell
-    for row in range(0, len(score), 256):
-        some = slice(row, row + 256)
+    height = max(1, min(256, _HELD // len(performance)))
+    for row in range(0, len(score), height):
+        some = slice(row, row + height)
         least, most = starts[some][0], ends[some][-1]
-        distance = 1 - score[some] @ performance[least:most].T
+        distance = score[some] @ performance[least:most].T
+        np.subtract(1, distance, out=distance)
         total = _advance(distance, starts[some], ends[some], before, total, steps[places[row] :])
         before = starts[some][-1]
     return *_path(steps, places, starts, len(performance)), float(total[-1])

@@ -146,8 +146,11 @@ def problem_of(model):
 
 def _whole(section, values):
     """A section of the parameters of which every key is given: a default of today's is not what a model was trained with."""
-    if missing := section.model_fields.keys() - dict(values).keys():
+    values = dict(values)
+    if missing := section.model_fields.keys() - values.keys():
         raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    if len(values) > len(section.model_fields):  # each would be a complaint of its own
+        raise ValueError(f"{len(values) - len(section.model_fields)} values are unknown")
     return section.model_validate(values)
 
 

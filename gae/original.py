@@ -23,7 +23,8 @@ from gae.errors import FormatError
 from gae.files import content_hash
 from gae.modelfile import Model, problem_of, save_model
 
-_BYTES = 1 << 28  # no file of weights is larger
+_BYTES = 1 << 26  # no file of weights is larger
+_NAME = 100  # letters; the original's have some tens
 _INSTRUCTIONS = 10_000  # in one pickle; the original's has some hundreds
 _MAGIC = 0x1950A86A20F9469CFC6C
 _TYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2"}
@@ -89,12 +90,15 @@ def read_original(path):
         parameters = _parameters(saved)
         if others := sorted(parameters.keys() - {*_WANTED, *_UNUSED}):
             raise FormatError(f"refused {', '.join(others)}, which the original does not have")
-        wx, wy, m1, b1, m2, b2 = (_tensor(parameters[name], storage) for name in _WANTED)
+        claims = [_claim(parameters[name]) for name in _WANTED]
+        if sum(math.prod(shape) * held.dtype.itemsize for held, _, shape, _ in claims) > len(data):
+            raise FormatError("refused tensors of more numbers than the file holds")
+        wx, wy, m1, b1, m2, b2 = (_tensor(*claim, storage) for claim in claims)
         return from_arrays(wx.squeeze(1).transpose(0, 2, 1), wy.squeeze((1, 2)), m1.squeeze((2, 3)), b1, m2.squeeze((2, 3)), b2)
     except FormatError as error:
         raise FormatError(f"{path}: {error}; only a model.save of the original implementation can be imported") from None
     except Exception as error:  # a damaged file may break any expectation
-        what = " ".join(f"{type(error).__name__} {error}".split())[:120]
+        what = " ".join(f"{type(error).__name__} {error}"[:1000].split())[:120]
         raise FormatError(f"{path}: not a weights file of the original implementation ({what}); check that it is model.save") from None
 
 
@@ -212,13 +216,13 @@ def _parameters(saved):
 
 def _few(entries):
     """Layers or parameters by name: no more, and no longer named, than a network of this size has."""
-    if len(entries) > 16 or max(map(len, entries), default=0) > 100:
+    if len(entries) > 16 or max(map(len, entries), default=0) > _NAME:
         raise FormatError("refused more layers or parameters than the original has")
     return entries
 
 
-def _tensor(record, storage):
-    """The array that a record of a tensor or a parameter stands for."""
+def _claim(record):
+    """What a record of a tensor or a parameter claims to be: its storage, and its place, shape and strides there."""
     if record.name in _PARAMETERS:
         record = record.arguments[0]
     if record.name not in _TENSORS:
@@ -229,6 +233,11 @@ def _tensor(record, storage):
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if min(offset, *shape, *strides) < 0 or last >= held.size or math.prod(shape) > held.size:
         raise FormatError("refused a tensor that claims more numbers than it has")
+    return held, offset, shape, strides
+
+
+def _tensor(held, offset, shape, strides, storage):
+    """The array of a `_claim`."""
     numbers = np.frombuffer(storage(held.key), held.dtype, held.size)[offset:]
     return np.lib.stride_tricks.as_strided(numbers, shape, [stride * held.dtype.itemsize for stride in strides]).copy()
 
@@ -404,4 +413,6 @@ def _pair(item):
 def _text(key):
     if not isinstance(key, str):
         raise FormatError("refused a key that is no text")
+    if len(key) > _NAME:
+        raise FormatError("refused a key that is longer than any name")
     return key

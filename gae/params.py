@@ -193,7 +193,7 @@ class Train(Section):
     filter_norm: float = Field(0.4, gt=0, le=100, description="L2 norm to which each filter is scaled after each step")
     sparsity: float = Field(0.0, ge=0, description="strength of Lee's sparsity term; the original's is 1e-5, of blocks of 1,024 frames")
     weight_decay: float = Field(0.0, ge=0, description="strength of the squared L2 norm of the filters; the original's is 0")
-    shift: int = Field(12, ge=0, le=1000, description="largest transposition of x and y, in bins; the original's is 60")
+    shift: int = Field(12, ge=0, le=1000, description="largest transposition of x and y, in bins, of which one stays; the original's is 60")
     contrast: float = Field(0.016, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
     contrast_kept: float = Field(1.0, gt=0, le=1, description="share of train.contrast left at the last step, falling geometrically")
     temperature: float = Field(0.05, ge=0.02, le=10, description="temperature of the contrastive term")
@@ -209,7 +209,7 @@ class Train(Section):
     patience: int = Field(0, ge=0, description="validations without a better result that end training; 0 does all steps")
     averaging: float = Field(0.999, ge=0, lt=1, description="decay of the moving average of the weights that is kept; 0 keeps the last")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="arithmetic of the matrix products; auto is bf16 where the processor multiplies it, fp32 elsewhere"
+        "auto", description="arithmetic of matrix products; auto is bf16 where the processor multiplies it, else fp32, on GPUs TF32"
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="type in which the weights are stored")
     compile: bool = Field(False, description="fuse the step's small operations by torch.compile: faster after about half a minute")

@@ -10,7 +10,7 @@ from gae.compute import beside_files, map_tracks
 from gae.convert import feature_names, listed
 from gae.cqt import frames as cqt_frames
 from gae.errors import FormatError
-from gae.evaluate import KINDS, TOLERANCES, heldout_file, heldout_pieces, read_figures
+from gae.evaluate import KINDS, TOLERANCES, heldout_file, heldout_pieces, intact, read_figures
 from gae.mapping import extract_frames
 from gae.measures import pool
 from gae.modelfile import load_model
@@ -104,14 +104,17 @@ def _pooled(file):
     return np.concatenate([pool(block.astype(np.float32), n) for block in blocks]), header.n_frames * header.origin.cqt.frame_seconds
 
 
+def _heldout_frames(file, cqt):
+    with intact(file):
+        return cqt_frames(audio.load(file, cqt.sample_rate), cqt)
+
+
 def _draw_heldout(corpus, model, path, plot):
     """The features of the first held-out piece in two keys."""
     piece, cqt = heldout_pieces(corpus)[0], model.cqt
     n_frames = pictures.excerpt_length(plot, cqt)
-    original, transposed = (
-        extract_frames(cqt_frames(audio.load(heldout_file(corpus, piece, take), cqt.sample_rate), cqt), model)
-        for take in ("original", "transposed")
-    )
+    files = [heldout_file(corpus, piece, take) for take in ("original", "transposed")]
+    original, transposed = (extract_frames(_heldout_frames(file, cqt), model) for file in files)
     start = max(0, (min(len(original), len(transposed)) - n_frames) // 2)
     passage = slice(start, start + n_frames)
     pictures.draw_transposition(original[passage], transposed[passage], piece["k"], cqt, start * cqt.frame_seconds, piece["id"], path, plot)

@@ -115,7 +115,8 @@ def within_memory(train):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        said = "can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED"  # the processor's, and where others fill a GPU
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in said):
             raise
         sizes = f"train.batch ({train.batch}) or train.contrast_frames ({train.contrast_frames}), or the sizes of model"
         raise TrainingError(f"memory does not hold this training; lower {sizes}") from None

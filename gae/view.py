@@ -29,6 +29,8 @@ class View:
         self.live = _Live(str(curves), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
         for row in run.history:
             self._log(row)
+        if run.history:
+            self.live.sync()
         self.shown = run.step
         self.bar = tqdm(desc="train", unit="step", initial=run.step, total=run.params.train.steps, mininterval=0.5)
         self.frames = run.shards.read(run.excerpts.lines[0][0].key, 0, 1500)
@@ -37,6 +39,7 @@ class View:
         """Show a pause: a point of the curves, the bar, and a drawing when it is due."""
         row = run.history[-1]
         self._log(row)
+        self.live.sync()
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "step"}, refresh=False)
         due = run.step // run.params.plot.interval > self.shown // run.params.plot.interval
         self.bar.update(run.step - self.shown)
@@ -65,7 +68,6 @@ class View:
         for name, value in row.items():
             if name != "step":
                 self.live.log_metric(name, value)
-        self.live.sync()
 
 
 class _Live(Live):
@@ -75,6 +77,9 @@ class _Live(Live):
         """Remove the curves of an earlier run; DVCLive's own way would take a dvc.yaml or params.yaml along."""
         sweep(self.dir)
         remove_own(Path(self.plots_dir) / "metrics", r".+\.tsv")
+
+    def post_data_to_studio(self):
+        """Nothing: DVC Studio is no part of this, and each time DVCLive would read all curves from their first step on for it."""
 
     def make_summary(self):
         self.summary["step"] = self.step

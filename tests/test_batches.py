@@ -180,6 +180,13 @@ def test_the_sides_of_invariance_are_one_excerpt_at_two_shifts(shards):
     assert abs(np.corrcoef(shifts_1, shifts_2)[0, 1]) < 0.15
 
 
+@pytest.mark.parametrize("objective", ["invariance", "reconstruction"])
+def test_something_is_left_of_frames_however_far_they_may_be_shifted(music, objective):
+    far, near = (excerpts(music, shift=shift, objective=objective) for shift in (1000, 1))
+    for step in range(40):
+        assert far.batch(step).y.any(axis=-1).sum() == near.batch(step).y.any(axis=-1).sum() > 0
+
+
 def test_the_originals_sides_are_one_excerpt_and_one_shift_for_the_whole_batch(shards):
     shifts = {}
     for step, (line_1, view_1, times_1, shift_1), (line_2, view_2, times_2, shift_2) in drawn(

@@ -68,6 +68,25 @@ def test_pieces_join_without_a_seam(monkeypatch, cqt):
         assert np.abs(np.concatenate(pieces) - expected).max() < 1e-5 * expected.max()
 
 
+def test_where_the_rate_can_not_be_halved_pieces_are_shorter():
+    """Spectra of 704 frames at a hop of 441 take as much memory as of 16,384 at a hop of 448."""
+    frames_a_piece = {hop: transform._piece_length(Cqt(hop_length=hop)) for hop in (441, 440, 448, 896, 8192)}
+    assert frames_a_piece == {441: 704, 440: 5824, 448: 16384, 896: 16384, 8192: 2048}
+    slow = Cqt(sample_rate=192_000, hop_length=1001, fmin=4, n_bins=100, bins_per_octave=12)  # most of a short piece were overlap
+    assert transform._piece_length(slow) == 2 * transform._margin(slow)
+
+
+@pytest.mark.parametrize("hop", [55, 64])
+def test_shorter_pieces_join_without_a_seam(monkeypatch, hop):
+    cqt = CQT.model_copy(update={"hop_length": hop})
+    samples = noise(20 * cqt.sample_rate)
+    expected = whole(samples, cqt)
+    monkeypatch.setattr(transform, "_HELD", 1)
+    pieces = list(magnitude_blocks(np.array_split(samples, 7), cqt))
+    assert len(pieces) > 2 and len(pieces[0]) == 2 * transform._margin(cqt)
+    assert np.abs(np.concatenate(pieces) - expected).max() < 1e-5 * expected.max()
+
+
 @given(st.lists(st.integers(0, 9000), max_size=12), st.integers(0, 30_000))
 @settings(max_examples=15)
 def test_frames_do_not_depend_on_how_the_samples_arrive(cuts, n_samples):

@@ -1,5 +1,7 @@
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -337,6 +339,11 @@ def test_what_is_missing_is_named(corpus, model, tmp_path, in_this_process):
         heldout_pieces(tmp_path)
     with pytest.raises(FormatError, match="no such model"):
         evaluate(by(tmp_path / "none.safetensors"), corpus, *places(tmp_path))
+    shutil.copytree(corpus, damaged := tmp_path / "damaged")
+    for damage in (lambda file: file.write_bytes(file.read_bytes()[:2000]), Path.unlink):
+        damage(damaged / "heldout" / "piece-0" / "transposed.flac")
+        with pytest.raises(FormatError, match=r"^.*/piece-0/transposed\.flac: missing or damaged; run `dvc repro corpus`$"):
+            evaluate(by(model), damaged, *places(tmp_path))
     long = PARAMS.model_copy(update={"evaluate": SETTINGS.model_copy(update={"stack": 1000})})
     with pytest.raises(ParamsError, match=r"evaluate\.stack: got 1000 frames.*piece-0"):
         evaluate(by(model, long), corpus, *places(tmp_path))

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from gae import measures
+from gae.features import Features, Origin
 from gae.measures import Alignment, align, beats_within, bootstrap, invariance_top1, likeness, mean_and_error, pool, stack, unit
+from gae.params import Cqt
 
 
 def random(*shape, seed=0):
@@ -52,9 +54,33 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     candidates = random(40, 6)
     queries = random(3, 40, 6, seed=1) + candidates
     whole = invariance_top1(queries, candidates)
-    monkeypatch.setattr(measures, "_SIMILARITIES", 7 * 40)
     assert 0 < whole.sum() < 40
-    assert np.array_equal(invariance_top1(queries, candidates), whole)
+    for held in (7 * 40, 13 * 6, 1):
+        monkeypatch.setattr(measures, "_HELD", held)
+        assert np.array_equal(invariance_top1(queries, candidates), whole)
+
+
+def test_fewer_distances_at_a_time_change_no_alignment(monkeypatch):
+    score, performance = random(300, 5), random(310, 5, seed=1)
+    whole, counted, advance = align(score, performance), [], measures._advance
+    monkeypatch.setattr(measures, "_advance", lambda distance, *more: counted.append(distance.size) or advance(distance, *more))
+    monkeypatch.setattr(measures, "_HELD", 8 * 310)
+    assert np.array_equal(align(score, performance).positions, whole.positions) and max(counted) <= 8 * 310
+
+
+def test_features_are_told_from_their_values():
+    features = Features(np.ones((4, 2), np.float32), np.arange(4.0), Origin(Cqt()))
+    for measure in (unit, lambda given: pool(given, 2), lambda given: align(given, given), lambda given: likeness(given, given)):
+        with pytest.raises(ValueError, match="of type Features; give real numbers, such as the `values` of features"):
+            measure(features)
+
+
+def test_means_of_no_frames_and_beats_without_a_partner_are_refused():
+    with pytest.raises(ValueError, match="means of 0 frames; give 1 or more"):
+        pool(np.ones((4, 2)), 0)
+    for estimated, true in (([1.0], [1.0, 2.0, 3.0]), ([], [])):
+        with pytest.raises(ValueError, match="give one beat or more, as many of both"):
+            beats_within(estimated, true, [0.1])
 
 
 def test_stack_and_pool():

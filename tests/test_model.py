@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -492,6 +493,20 @@ def test_what_breaks_the_contract_is_refused(saved, change):
     header["__metadata__"]["gae"] = json.dumps(facts)
     rewrite(saved, header, data)
     refuse(saved)
+
+
+def test_values_nobody_knows_are_counted_not_told(saved):
+    header, data = parts(saved)
+    facts = json.loads(header["__metadata__"]["gae"])
+    facts["model"] |= {f"value {n}": n for n in range(20_000)}
+    header["__metadata__"]["gae"] = json.dumps(facts)
+    rewrite(saved, header, data)
+    tracemalloc.start()
+    try:
+        assert "(20000 values are unknown)" in refuse(saved)
+        assert tracemalloc.get_traced_memory()[1] < 20 * saved.stat().st_size
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,8 @@ GREEDY = {
     "deep": zipped(b"\x80\x02}" + b")" + b"\x85" * 9_000 + b"Ns."),
     "deeper": zipped(b"\x80\x02(c" + b"a." * 100_000 + b"\nb\n."),
     "deflated": zipped(bytes(40_000_000), zipfile.ZIP_DEFLATED),
+    "long name of a storage": row(pickle.dumps({}, 2), ["ab " * 3_000_000]) + bytes(8),
+    "shared numbers": zipped(claimed(8_000_000, (8_000_000, 1, 1, 1), (1, 1, 1, 1)), **{"0": bytes(4 * 8_000_000)}),
     "number for a key": zipped(b"\x80\x02}K\x01K\x02s."),
     "empty": b"",
     "no zip": b"PK\x03\x04",
@@ -331,9 +333,10 @@ GREEDY = {
 
 
 WHY = {
-    **dict.fromkeys(["storage", "huge"], "not a weights file"),
+    **dict.fromkeys(["storage", "huge", "shared numbers"], "refused tensors of more numbers than the file holds"),
     "deflated": "refused compressed entries",
     "number for a key": "refused a key that is no text",
+    "long name of a storage": "refused a key that is longer than any name",
     "doubled": "refused conv_x.stride, which is not the original's",
     **dict.fromkeys(["dimensions", "a row for a stride"], "refused a tensor of other dimensions than the original's"),
     "copies of a text": "refused a container that is not made of a list",

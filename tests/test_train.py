@@ -25,7 +25,7 @@ from gae.errors import FormatError, GaeError, TrainingError, explained
 from gae.files import read_json, write_json
 from gae.model import GatedAutoencoder
 from gae.modelfile import load_model
-from gae.processes import gatherer
+from gae.processes import gatherer, within_memory
 from gae.shards import Shards
 from gae.train import Run, Validation, contrast_weight, schedule, split, train
 
@@ -216,6 +216,19 @@ def test_a_resumed_run_keeps_its_drawings_and_a_new_one_wipes_them(shards, tmp_p
     learn(recipe(steps=30), shards, tmp_path)
     assert [path.name for path in network.iterdir()] == ["mapping-0000030.png"]
     assert not (curves / "old.tsv").exists()
+
+
+def test_curves_take_no_longer_the_more_there_is_of_them(shards, tmp_path, quiet, crash, monkeypatch):
+    """DVCLive sums up at each `sync`, and for DVC Studio reads what it has written so far."""
+    written = []
+    monkeypatch.setattr(view.Live, "post_data_to_studio", lambda live: written.append("all of it"))
+    monkeypatch.setattr(view.Live, "sync", lambda live, sync=view.Live.sync: written.append(live.step) or sync(live))
+    crash(80)
+    with pytest.raises(Crash):
+        learn(recipe(), shards, tmp_path)
+    crash(None)
+    learn(recipe(), shards, tmp_path)
+    assert written == [1, 25, 50, 75, 75, 75, 85, 85]  # a run sums up at its end besides, and a resumed one at its beginning
 
 
 def test_what_else_is_in_its_folders_stays(shards, tmp_path, quiet, crash):
@@ -629,6 +642,14 @@ def test_a_training_too_large_for_memory_says_what_to_lower(shards, tmp_path, qu
     monkeypatch.setattr(place, name, full)
     with pytest.raises(TrainingError, match=r"lower train\.batch \(4\) or train\.contrast_frames \(24\), or the sizes of model"):
         learn(recipe(), shards, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]
+)
+def test_a_gpu_that_others_fill_is_one_line(said):
+    with pytest.raises(TrainingError, match="memory does not hold this training"), within_memory(params.Train()):
+        raise RuntimeError(said)
 
 
 class FakeTrack:
