@@ -5,6 +5,7 @@
 Pieces last what they do in the demo music, at the tempo of the score or the middle of those of its kind.
 """
 
+import argparse
 from collections import Counter
 
 import numpy as np
@@ -38,6 +39,7 @@ def table(pieces, durations):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pieces = catalogue()
     durations = map_tracks(seconds, pieces, Compute(), "scores")
     print(table(pieces, durations))

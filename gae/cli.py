@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 import gae
 from gae.commandline import one_line_errors
 from gae.convert import convert_file, feature_names
@@ -32,7 +34,7 @@ def _convert(given):
     outs = _outs(given.audio, given.out, given.format)
     model = gae.load_model(given.weights)
     failures = 0
-    for path, out in outs.items():
+    for path, out in tqdm(outs.items(), desc="convert", unit="track", delay=2, disable=len(outs) == 1):
         try:
             if out != Path(given.out):
                 _spare(path, out)

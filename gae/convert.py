@@ -33,7 +33,7 @@ def extract(samples: np.ndarray, sample_rate: float, model: Model | str | Path |
     Parameters
     ----------
     samples : array of numbers, shape (n,) or (n, channels)
-        Of any scale; channels are mixed down.
+        Of any scale from 1e-36 to 1e12; channels are mixed down.
     sample_rate : float
         In Hz; other rates than the model's are resampled.
     model : Model, str or Path, optional
