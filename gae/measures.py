@@ -252,7 +252,8 @@ def _found(versions, candidates, start):
 
 def _floating(values):
     """Values as floating-point numbers of single precision at least: sums in half precision stop growing at 2,048."""
-    return _numbers(values).astype(np.result_type(np.asarray(values), np.float32), copy=False)
+    values = _numbers(values)
+    return values.astype(np.result_type(values, np.float32), copy=False)
 
 
 def _numbers(values, name="values"):
