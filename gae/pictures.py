@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from gae.cqt import transpose
 from gae.files import replacing
@@ -264,7 +265,17 @@ def draw_transposition(original, transposed, k, cqt, begin, title, path, plot):
         column[3].grid(True)
 
 
-def draw_track(pooled, seconds, title, path, plot):
+def made_of(path):
+    """What a picture says it was drawn from, as `draw_track` was told; nothing where there is no whole picture that says so."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+            return image.info.get("made_of", "")
+    except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's word for damage
+        return ""
+
+
+def draw_track(pooled, seconds, title, path, plot, made_of=""):
     """Draw the features of one track, and where it is similar to itself in whatever key.
 
     Parameters
@@ -273,8 +284,10 @@ def draw_track(pooled, seconds, title, path, plot):
         Features, or means of them where the track is long.
     seconds : float
         Duration of the track.
+    made_of : str
+        What the file is to say of where it comes from: a digest, for the function `made_of`.
     """
-    with _picture(path, plot, 9.4, 8) as figure:
+    with _picture(path, plot, 9.4, 8, made_of) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=[1, 3.6])
         image = _show_features(above, pooled, (0, seconds))
         above.set(title=f"Features of {_plain(title)}")
@@ -318,7 +331,7 @@ def excerpt_length(plot, cqt):
 
 
 @contextmanager
-def _picture(path, plot, height, width=_WIDTH):
+def _picture(path, plot, height, width=_WIDTH, made_of=""):
     """Yield an empty figure of our style that becomes the file `path`. 256 colours take a third of the room of all."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # names in scripts that the font does not have
@@ -327,8 +340,11 @@ def _picture(path, plot, height, width=_WIDTH):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(palette=_palette(), dither=Image.Dither.NONE)
+        about = PngInfo()
+        if made_of:
+            about.add_text("made_of", made_of)
         with replacing(path) as partial:
-            image.save(partial, format="png", dpi=(plot.dpi, plot.dpi), optimize=True)
+            image.save(partial, format="png", dpi=(plot.dpi, plot.dpi), optimize=True, pnginfo=about)
 
 
 @cache

@@ -11,6 +11,7 @@ from gae.convert import feature_names, listed
 from gae.cqt import frames as cqt_frames
 from gae.errors import FormatError
 from gae.evaluate import KINDS, TOLERANCES, heldout_file, heldout_pieces, intact, read_figures
+from gae.files import code_digest, content_hash, digest, sweep
 from gae.mapping import extract_frames
 from gae.measures import pool
 from gae.modelfile import load_model
@@ -36,7 +37,7 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     metrics : Path
         JSON that `gae.evaluate` wrote.
     figures : Path
-        Folder for the pictures: PNG, those of the tracks in figures/tracks.
+        Folder for the pictures: PNG, those of the tracks in figures/tracks. Those there of tracks that are what they were are kept.
 
     Raises
     ------
@@ -59,7 +60,10 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     )
     for drawing in tqdm(drawings, desc="pictures", unit="picture"):
         drawing()
-    map_tracks(draw_track, drawn, beside_files(params.compute), "tracks", (figures / "tracks", plot))
+    code = code_digest(["measures", "pictures", "plot"], ["matplotlib", "numpy", "pillow"])
+    map_tracks(draw_track, drawn, beside_files(params.compute), "tracks", (figures / "tracks", plot, code))
+    sweep(figures)
+    _forget(figures / "tracks", {file.stem for file in drawn})
 
 
 def _drawn(tracks):
@@ -71,10 +75,28 @@ def _drawn(tracks):
     return [there[name] for name in names]
 
 
-def draw_track(file, folder, plot):
-    """Draw a feature file of any length, by `gae.pictures.draw_track`, to folder/<stem of file>.png."""
-    pooled, seconds = _pooled(file)
-    pictures.draw_track(pooled, seconds, Path(file).stem, Path(folder) / f"{Path(file).stem}.png", plot)
+def _forget(folder, stems):
+    """Remove the pictures of tracks that are drawn no more."""
+    for picture in folder.glob("*.png"):
+        if picture.stem not in stems and pictures.made_of(picture):  # other files may lie there
+            picture.unlink(missing_ok=True)
+
+
+def draw_track(file, folder, plot, code=""):
+    """Draw a feature file of any length, by `gae.pictures.draw_track`, to folder/<stem of file>.png, unless that is there.
+
+    Parameters
+    ----------
+    file, folder : str or Path
+    plot : gae.params.Plot
+    code : str
+        Digest of what draws.
+    """
+    title = Path(file).stem
+    picture, made_of = Path(folder) / f"{title}.png", digest([code, plot.dpi, title, content_hash(file)])
+    if pictures.made_of(picture) != made_of:
+        pooled, seconds = _pooled(file)
+        pictures.draw_track(pooled, seconds, title, picture, plot, made_of)
 
 
 def _excerpt(folder, model, plot):

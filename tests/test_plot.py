@@ -184,6 +184,32 @@ def test_files_that_the_index_does_not_list_are_not_drawn(run, in_this_process):
     assert not (run[-1] / "tracks" / "mine.png").exists() and (run[-1] / "tracks" / "song.png").exists()
 
 
+def test_only_tracks_that_changed_are_drawn_anew(run, in_this_process, monkeypatch):
+    tracks, drawn, draw_one = run[-1] / "tracks", [], pictures.draw_track
+    monkeypatch.setattr(
+        pictures, "draw_track", lambda pooled, seconds, title, *more: drawn.append(title) or draw_one(pooled, seconds, title, *more)
+    )
+    draw_all(run)
+    assert sorted(drawn) == ["Für $Elise$ 楽", "no.dots", "song"]
+    whole = {picture.name: picture.read_bytes() for picture in tracks.iterdir()}
+    drawn.clear()
+    features_file(run[3] / "song.h5", tiny.frames(250))
+    (tracks / "no.dots.png").write_bytes(whole["no.dots.png"][:-100])
+    (tracks / ".no.dots.png.77.partial").write_bytes(b"half")
+    draw_all(run)
+    assert sorted(drawn) == ["no.dots", "song"]
+    again = {picture.name: picture.read_bytes() for picture in tracks.iterdir()}
+    assert again.keys() == whole.keys() and {name for name in whole if again[name] != whole[name]} == {"song.png"}
+    drawn.clear()
+    (run[3] / "index.json").write_text(json.dumps({"tracks": [{"path": "song", "file": "song.h5"}]}))
+    Image.new("L", (4, 4)).save(tracks / "mine.png")
+    (tracks / "notes.txt").write_text("mine")
+    draw_all(run)
+    assert not drawn and sorted(file.name for file in tracks.iterdir()) == ["mine.png", "notes.txt", "song.png"]
+    draw_all(run, dpi=60)
+    assert drawn == ["song"]
+
+
 @pytest.mark.parametrize(
     "index", ["{", "[]", '{"tracks": [{"path": "a", "file": "lost.h5"}]}', '{"tracks": [{"path": "a", "file": "../song.h5"}]}']
 )
