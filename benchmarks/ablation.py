@@ -94,6 +94,8 @@ PRETRAINED = {  # those of other lists come last: frames that are on none are fo
     "contrast-0.086": ["train.contrast=0.086", "train.contrast_kept=1"],  # the mean of the falling one
     "temperature-0.05": ["train.temperature=0.05", "train.contrast=0.32"],
     "stretch-0": ["train.stretch=0"],
+    "stretch-0-equaliser-0.1": ["train.stretch=0", "train.equaliser=0.1"],
+    "stretch-0-13-of-59-368-factors": ["train.stretch=0", "model.context=13", "model.growth=0.7", "model.n_factors=368"],
     "stretch-0.25": ["train.stretch=0.25"],
     "no-views": ["train.view_share=0"],
     "equaliser-0.3": ["train.equaliser=0.3"],
