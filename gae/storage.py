@@ -94,7 +94,7 @@ def stamp(path):
     if not is_url(path):
         with suppress(OSError):  # whoever opens it tells
             status = os.stat(path)
-            return [status.st_size, status.st_mtime_ns]
+            return [status.st_size, status.st_mtime_ns, status.st_ino]  # of one size and time may be another file of that name
         return []
     with _reached(path) as files:
         try:
