@@ -16,7 +16,7 @@ from gae.features import SUFFIXES, audio_of, check_suffix
 from gae.files import content_hash
 from gae.modelfile import SHIPPED
 from gae.original import import_weights
-from gae.storage import absolute, is_url
+from gae.storage import absolute, check_place, is_url
 
 
 def main(arguments=None):
@@ -34,13 +34,13 @@ def _convert(given):
     outs = _outs(given.audio, given.out, given.format)
     model = gae.load_model(given.weights)
     failures = 0
-    for path, out in tqdm(outs.items(), desc="convert", unit="track", delay=2, disable=len(outs) == 1):
+    for path, out in tqdm(outs.items(), desc="convert", unit="track", disable=len(outs) == 1 or None):  # None: in a terminal alone
         try:
             if out != Path(given.out):
                 _spare(path, out)
             convert_file(path, out, model)
         except (GaeError, OSError, MemoryError) as error:
-            print(f"gae: error: {explained(error)}", file=sys.stderr)
+            tqdm.write(f"gae: error: {explained(error)}", file=sys.stderr)
             failures += 1
     return 1 if failures else 0
 
@@ -62,6 +62,7 @@ def _spare(path, out):
 
 
 def _import_weights(given):
+    check_place(given.out)
     if Path(given.out).suffix != ".safetensors":
         raise FormatError(f"{given.out}: a model file; end the name in .safetensors")
     import_weights(given.save, given.out)
@@ -72,8 +73,7 @@ def _outs(paths, out, suffix):
     """The feature file of each input: `out` itself, or one in the folder `out`."""
     if not (out and all(paths)):
         raise FormatError(f"{'AUDIO' if out else '--out'}: an empty name; write the path of a file")
-    if is_url(out):
-        raise FormatError(f"{out}: features are written to files of this machine; name a path, and copy them there")
+    check_place(out)
     spelt = {}
     for path in paths:
         spelt.setdefault(absolute(path), path)

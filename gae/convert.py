@@ -280,7 +280,7 @@ def _mono(samples, sample_rate):
 def _watched(blocks, seconds, total, label):
     """Pass blocks of so many seconds a row on, with a bar of the music's time once it has taken 2 s."""
     rows = 0
-    with tqdm(total=round(total), desc=one_line(label), unit="s", delay=2, mininterval=0.5) as bar:
+    with tqdm(total=round(total), desc=one_line(label), unit="s", delay=2, mininterval=0.5, leave=None) as bar:
         for block in blocks:
             yield block
             rows += len(block)

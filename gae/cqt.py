@@ -15,7 +15,7 @@ import numpy as np
 from gae.errors import AudioError, in_temporary
 
 _PIECE = 16384  # frames transformed at a time, at most
-_HELD = 1 << 24  # of their samples, or numbers of their longest spectra, at most
+_HELD = 1 << 24  # of their samples, or numbers of their longest spectra, unless margins would take more than they
 _DUST = 1e-6  # of the largest magnitude: a frame without more holds rounding errors that sound before or after it left
 _LARGEST = 1e30  # of samples: sums of larger ones overflow
 _ALIGN = 64  # pieces overlap by a multiple of this, so that every octave's decimation starts on the same samples

@@ -167,7 +167,7 @@ def heldout_file(corpus, piece, take):
 
 @contextmanager
 def intact(path):
-    """Where the audio of a held-out piece is no audio any more: it was rendered, so nobody can copy it again."""
+    """Say of a held-out piece whose audio can't be read that it is to be rendered again: there is no original to copy."""
     try:
         yield
     except AudioError:

@@ -25,6 +25,7 @@ from gae.cqt import frame_times
 from gae.errors import FormatError, reason
 from gae.files import replacing
 from gae.params import Cqt
+from gae.storage import check_place
 
 SCHEMA = 1
 SUFFIXES = (".h5", ".npz", ".csv")
@@ -130,8 +131,8 @@ def write(path, blocks, shape, origin, dtype="float32", times=None):
     only recent ones know a line of column names, so there is none. It rounds the frame period to samples of the recording
     that is open: load the layer onto the audio that was converted.
     """
-    path = Path(path)
     check_suffix(path)
+    path = Path(path)
     if dtype not in ("float32", "float16"):
         raise FormatError(f"{path}: features are stored as float32 or float16, not as {dtype}")
     shape = tuple(map(int, shape))
@@ -147,6 +148,7 @@ def write(path, blocks, shape, origin, dtype="float32", times=None):
 
 def check_suffix(path):
     """Raise `FormatError` unless `path` names a file that `write` can write."""
+    check_place(path)
     if Path(path).suffix.lower() not in SUFFIXES:
         raise FormatError(f"{path}: features are written as {', '.join(SUFFIXES)}; end the name in one of them")
 

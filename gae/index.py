@@ -123,7 +123,7 @@ def read_index(file):
 
 
 def _look(paths, remembered, compute):
-    """What each file holds, opening only those that changed: {path: {size, mtime, sha256, samples, ... or error}}."""
+    """What each file holds, opening only those that changed: {path: {stamp, sha256, samples, ... or error}}."""
     known = _recall(remembered)
     stamps = storage.each(storage.stamp, paths)
     fresh = [path for path in paths if not stamps[path] or known.get(path, {}).get("stamp") != stamps[path]]

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 _CELLS = 1 << 28  # of an alignment's table, a byte each; what would have more is searched about a path through means of rows
-_HELD = 1 << 24  # numbers at a time, of rows in double precision, of similarities or of distances
+_HELD = 1 << 24  # numbers at a time, of queries in double precision, of similarities or of distances
 
 
 def invariance_top1(queries, candidates):
@@ -31,14 +31,14 @@ def invariance_top1(queries, candidates):
     Raises
     ------
     ValueError
-        If there are no rows, or not as many of both, or of other lengths, or with numbers that are NaN or infinite.
+        If there are no rows, or not as many of both, or of other lengths, or with numbers that are NaN, infinite or not real.
     """
     queries, candidates = _comparable(queries=queries, candidates=candidates)
     versions = queries if queries.ndim == 3 else queries[None]
     n, length = candidates.shape
     if versions.shape[1] != n:
         raise ValueError(f"{versions.shape[1]} queries for {n} candidates; give each query its own")
-    step = max(1, min(_HELD // n, _HELD // length))
+    step = max(1, min(_HELD // n, _HELD // (length * len(versions))))
     blocks = [slice(start, start + step) for start in range(0, n, step)]
     # in double precision, rounded afterwards: in single, equal candidates would differ by their places in the product
     precise = np.empty((n, length))
@@ -65,7 +65,7 @@ def stack(values, starts, n):
 
 
 def pool(values, n):
-    """Means of `n` successive frames each: (n_frames, d) to (ceil(n_frames / n), d); the last may be of fewer."""
+    """Means of `n` successive frames each, 1 or more: (n_frames, d) to (ceil(n_frames / n), d); the last may be of fewer."""
     if n < 1:
         raise ValueError(f"means of {n} frames; give 1 or more")
     values = _floating(values)
@@ -91,7 +91,7 @@ def likeness(passage, recording):
     Raises
     ------
     ValueError
-        If either has no rows, or rows of another length, or with numbers that are NaN or infinite.
+        If either has no rows, or rows of another length, or with numbers that are NaN, infinite or not real.
     """
     passage, recording = map(unit, _comparable(passage=passage, recording=recording))
     n = max(0, len(recording) - len(passage) + 1)
@@ -158,7 +158,7 @@ def align(score, performance):
     Raises
     ------
     ValueError
-        If either has no rows, or rows of another length, or with numbers that are NaN or infinite.
+        If either has no rows, or rows of another length, or with numbers that are NaN, infinite or not real.
     """
     score, performance = _comparable(score=score, performance=performance)
     first, counts, cost = _warp(*(unit(rows).astype(np.float32) for rows in (score, performance)))

@@ -149,8 +149,8 @@ def _whole(section, values):
     values = dict(values)
     if missing := section.model_fields.keys() - values.keys():
         raise ValueError(f"{', '.join(sorted(missing))} is missing")
-    if len(values) > len(section.model_fields):  # each would be a complaint of its own
-        raise ValueError(f"{len(values) - len(section.model_fields)} values are unknown")
+    if unknown := values.keys() - section.model_fields.keys():  # each would be a complaint of its own
+        raise ValueError(f"{min(unknown):.60} is unknown" + (f", as are {len(unknown) - 1} more" if len(unknown) > 1 else ""))
     return section.model_validate(values)
 
 

@@ -193,7 +193,9 @@ class Train(Section):
     filter_norm: float = Field(0.4, gt=0, le=100, description="L2 norm to which each filter is scaled after each step")
     sparsity: float = Field(0.0, ge=0, description="strength of Lee's sparsity term; the original's is 1e-5, of blocks of 1,024 frames")
     weight_decay: float = Field(0.0, ge=0, description="strength of the squared L2 norm of the filters; the original's is 0")
-    shift: int = Field(12, ge=0, le=1000, description="largest transposition of x and y, in bins, n_bins - 1 at most; the original's is 60")
+    shift: int = Field(
+        12, ge=0, le=1000, description="largest transposition of x and y, in bins (at most n_bins - 1); the original's is 60"
+    )
     contrast: float = Field(0.016, ge=0, le=100, description="weight of the contrastive term (InfoNCE) of the invariance objective")
     contrast_kept: float = Field(1.0, gt=0, le=1, description="share of train.contrast left at the last step, falling geometrically")
     temperature: float = Field(0.05, ge=0.02, le=10, description="temperature of the contrastive term")

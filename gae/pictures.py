@@ -266,16 +266,16 @@ def draw_transposition(original, transposed, k, cqt, begin, title, path, plot):
 
 
 def made_of(path):
-    """What a picture says it was drawn from, as `draw_track` was told; nothing where there is no whole picture that says so."""
+    """The origin that `draw_track` was told of a picture; nothing where there is no whole picture that says it."""
     try:
         with Image.open(path) as image:
             image.verify()
             return image.info.get("made_of", "")
-    except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's word for damage
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # SyntaxError is Pillow's word for damage
         return ""
 
 
-def draw_track(pooled, seconds, title, path, plot, made_of=""):
+def draw_track(pooled, seconds, title, path, plot, origin=""):
     """Draw the features of one track, and where it is similar to itself in whatever key.
 
     Parameters
@@ -284,10 +284,10 @@ def draw_track(pooled, seconds, title, path, plot, made_of=""):
         Features, or means of them where the track is long.
     seconds : float
         Duration of the track.
-    made_of : str
-        What the file is to say of where it comes from: a digest, for the function `made_of`.
+    origin : str
+        Digest of what it is drawn from, which the file will say: `made_of` reads it.
     """
-    with _picture(path, plot, 9.4, 8, made_of) as figure:
+    with _picture(path, plot, 9.4, 8, origin) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=[1, 3.6])
         image = _show_features(above, pooled, (0, seconds))
         above.set(title=f"Features of {_plain(title)}")
@@ -331,7 +331,7 @@ def excerpt_length(plot, cqt):
 
 
 @contextmanager
-def _picture(path, plot, height, width=_WIDTH, made_of=""):
+def _picture(path, plot, height, width=_WIDTH, origin=""):
     """Yield an empty figure of our style that becomes the file `path`. 256 colours take a third of the room of all."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # names in scripts that the font does not have
@@ -341,8 +341,8 @@ def _picture(path, plot, height, width=_WIDTH, made_of=""):
         canvas.draw()
         image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(palette=_palette(), dither=Image.Dither.NONE)
         about = PngInfo()
-        if made_of:
-            about.add_text("made_of", made_of)
+        if origin:
+            about.add_text("made_of", origin)
         with replacing(path) as partial:
             image.save(partial, format="png", dpi=(plot.dpi, plot.dpi), optimize=True, pnginfo=about)
 

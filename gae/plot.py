@@ -60,7 +60,7 @@ def draw(params, corpus, shards, tracks, metrics, figures):
     )
     for drawing in tqdm(drawings, desc="pictures", unit="picture"):
         drawing()
-    code = code_digest(["measures", "pictures", "plot"], ["matplotlib", "numpy", "pillow"])
+    code = code_digest(["features", "measures", "pictures", "plot"], ["matplotlib", "numpy", "pillow"])
     map_tracks(draw_track, drawn, beside_files(params.compute), "tracks", (figures / "tracks", plot, code))
     sweep(figures)
     _forget(figures / "tracks", {file.stem for file in drawn})
@@ -93,10 +93,10 @@ def draw_track(file, folder, plot, code=""):
         Digest of what draws.
     """
     title = Path(file).stem
-    picture, made_of = Path(folder) / f"{title}.png", digest([code, plot.dpi, title, content_hash(file)])
-    if pictures.made_of(picture) != made_of:
+    picture, origin = Path(folder) / f"{title}.png", digest([code, plot.dpi, title, content_hash(file)])
+    if pictures.made_of(picture) != origin:
         pooled, seconds = _pooled(file)
-        pictures.draw_track(pooled, seconds, title, picture, plot, made_of)
+        pictures.draw_track(pooled, seconds, title, picture, plot, origin)
 
 
 def _excerpt(folder, model, plot):

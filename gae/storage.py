@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from gae.errors import FULL, AudioError, GaeError, StorageError, in_temporary, reason
+from gae.errors import FULL, AudioError, FormatError, GaeError, StorageError, in_temporary, reason
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _REQUESTS = 16  # under way at a time
@@ -26,6 +26,12 @@ _VERSIONS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "
 def is_url(path):
     """Whether `path` is a URL and no path of this machine."""
     return _URL.match(str(path)) is not None
+
+
+def check_place(out):
+    """Raise `FormatError` if what is to be written is named by a URL."""
+    if is_url(out):
+        raise FormatError(f"{out}: written are files of this machine; name a path, and copy it there")
 
 
 def absolute(path):
@@ -94,7 +100,7 @@ def stamp(path):
     if not is_url(path):
         with suppress(OSError):  # whoever opens it tells
             status = os.stat(path)
-            return [status.st_size, status.st_mtime_ns, status.st_ino]  # of one size and time may be another file of that name
+            return [status.st_size, status.st_mtime_ns]
         return []
     with _reached(path) as files:
         try:
@@ -226,7 +232,7 @@ def _root(url):
 def _url(path, files, url):
     """The URL of a path of the file system that `url` is in: the paths of some hold no host."""
     root = _root(url)
-    return files.unstrip_protocol(path) if files._strip_protocol(root).strip("/") else root + path
+    return files.unstrip_protocol(path) if files._strip_protocol(root).strip("/") else f"{root}/{path.lstrip('/')}"
 
 
 @lru_cache(maxsize=16)

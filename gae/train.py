@@ -10,6 +10,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,14 +69,14 @@ def train(params, shards, model, metrics, curves, drawings, checkpoints):
             run = Run(fabric, params, frames, checkpoints)
         view = View(run, curves, drawings) if fabric.is_global_zero else None
         with view or nullcontext():
-            _advance(run, view, model)
+            _advance(run, view, model, metrics)
         if view:
             run.write(model, run.best, run.best_step, run.history[-1])
             write_json(metrics, run.metrics())
             run.store.clear()
 
 
-def _advance(run, view, model):
+def _advance(run, view, model, metrics):
     """Train to the end."""
     for batch in run.excerpts.batches(run.step, run.params.train.steps):
         run.update(batch)
@@ -83,7 +84,7 @@ def _advance(run, view, model):
             continue
         trouble = run.look()
         if trouble:
-            run.write_good(model)
+            run.write_good(model, metrics)
             with told_once(run.fabric):
                 raise TrainingError(f"{trouble}; {run.remedy(model)}")
         if run.step % VALIDATION_STEPS == 0 or run.ended:
@@ -259,11 +260,11 @@ class Run:
         facts = {"train": recipe_of(self.params.train), "data": self.data, "step": step, "metrics": metrics}
         save_model(path, weights, self.shards.cqt, self.params.train.dtype, **facts)
 
-    def write_good(self, path):
-        """Write the last weights that were sound, if there are any."""
+    def write_good(self, path, metrics):
+        """Write the last weights that were sound, if there are any. The metrics of those that were there before go."""
         if self.fabric.is_global_zero and self.good_step:
-            metrics = next(row for row in self.history if row["step"] == self.good_step)
-            self.write(path, self.good, self.good_step, metrics)
+            Path(metrics).unlink(missing_ok=True)
+            self.write(path, self.good, self.good_step, next(row for row in self.history if row["step"] == self.good_step))
 
     def remedy(self, path):
         """What to do about a loss that diverged: at the first step it is not the rate that is at fault."""

@@ -121,7 +121,7 @@ def test_one_file_to_a_folder_in_another_format(folder, weights, capsys):
     ("arguments", "why"),
     [
         (["song.wav", "--out", "song.mat"], "song.mat: features are written as"),
-        (["song.wav", "--out", "s3://bucket/song.h5"], "s3://bucket/song.h5: features are written to files of this machine"),
+        (["song.wav", "--out", "s3://bucket/song.h5"], "s3://bucket/song.h5: written are files of this machine; name a path"),
         (["-", "--out", "song.h5"], "-: cannot be opened; check the path"),
         (["song.wav", "--out", "out"], "out: neither a feature file (.h5, .npz, .csv) nor a folder; end a folder's name in /"),
         (["song.wav", "other.flac", "--out", "both.h5"], "both.h5: named like one feature file, for 2 in a folder; name a folder"),

@@ -129,19 +129,6 @@ def test_content_of_the_same_size_is_found_by_its_time(folder, opened):
     assert look()["train"][0][0]["key"] != before["train"][0][0]["key"] and opened == ["music/a.wav"]
 
 
-def test_files_of_one_size_and_time_that_change_places_are_found(folder, opened):
-    soundfile.write("music/new.wav", tiny.tone(1, 8000, 999.0), 8000)
-    (folder / "convert.txt").write_text("music/a.wav\nmusic/new.wav\n")
-    for name in ("a", "new"):
-        os.utime(f"music/{name}.wav", (1e9, 1e9))
-    before = [line[0]["key"] for line in look()["convert"]]
-    opened.clear()
-    os.rename("music/a.wav", "music/other.wav")
-    os.rename("music/new.wav", "music/a.wav")
-    os.rename("music/other.wav", "music/new.wav")
-    assert [line[0]["key"] for line in look()["convert"]] == before[::-1] and sorted(opened) == ["music/a.wav", "music/new.wav"]
-
-
 def test_a_new_file_alone_is_opened(folder, opened):
     look()
     opened.clear()
