@@ -626,8 +626,10 @@ def test_a_loss_that_rises_within_the_first_steps_diverges(shards, tmp_path, qui
 def test_the_last_good_weights_outlast_another_try(shards, tmp_path, quiet, rising):
     found = []
     for _ in range(2):
+        (tmp_path / "metrics.json").write_text("of another training")
         with pytest.raises(TrainingError, match="the loss diverges"):
             learn(recipe(steps=300), shards, tmp_path)
+        assert not (tmp_path / "metrics.json").exists()
         found.append((tmp_path / "gae.safetensors").read_bytes())
     assert found[0] == found[1] and load_model(tmp_path / "gae.safetensors").facts["step"] == 50
 
