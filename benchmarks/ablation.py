@@ -78,15 +78,24 @@ SHIPPED_RECIPE = [  # models/pretrained.md
     "data.train_list=data/pretrained.txt",
     "corpus.hours=8",
     "model.n_maps=128",
-    "model.n_hidden=448",  # with 512 the file would pass 2 MB
+    "model.n_hidden=448",
+    "model.context=13",
+    "model.growth=0.7",
+    "model.n_factors=368",  # with more the file would pass 2 MB
     "train.view_share=0.8",
     "train.temperature=0.1",
     "train.contrast=0.4",
     "train.contrast_kept=0.01",
-    "train.stretch=0.05",
+    "train.stretch=0.03",
     "train.validation=0",
 ]
-VARIED_RECIPE = [*SHIPPED_RECIPE, "train.stretch=0.15"]  # as it was when its choices were varied
+VARIED_RECIPE = [  # as it was when its choices were varied
+    *SHIPPED_RECIPE,
+    "model.context=21",
+    "model.growth=0.2",
+    "model.n_factors=256",
+    "train.stretch=0.15",
+]
 PRETRAINED = {  # those of other lists come last: frames that are on none are forgotten
     "default": [],
     "reconstruction-objective": ["train.objective=reconstruction"],
