@@ -3,8 +3,8 @@
     python benchmarks/ablation.py [--recipe pretrained] [--steps 1600] [--seeds 1 2 3] [--only NAME ...] [--out FILE.json]
                                   [--weights FOLDER]
 
-The recipe from which each row differs is the default, or with `--recipe pretrained` that of the shipped weights but for its tempi. Run it
-from the root of a clean checkout; every experiment stays in `dvc exp show`. All train on the same number of frames, that of `--steps`
+The recipe from which each row differs is the default, or with `--recipe pretrained` that of the shipped weights but for its context,
+factors and tempi. Run it from the root of a clean checkout; every experiment stays in `dvc exp show`. All train on the same number of frames, that of `--steps`
 steps of the default. What is in `--out`, by default docs/ablation.json or for another recipe docs/ablation-RECIPE.json, is not run again,
 and is printed at once; the table is printed anew after each experiment, so an interrupted run has shown all it measured. Several may
 write to one: on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after the other.
