@@ -4,10 +4,11 @@
                                   [--weights FOLDER]
 
 The recipe from which each row differs is the default, or with `--recipe pretrained` that of the shipped weights but for its context,
-factors and tempi. Run it from the root of a clean checkout; every experiment stays in `dvc exp show`. All train on the same number of frames, that of `--steps`
-steps of the default. What is in `--out`, by default docs/ablation.json or for another recipe docs/ablation-RECIPE.json, is not run again,
-and is printed at once; the table is printed anew after each experiment, so an interrupted run has shown all it measured. Several may
-write to one: on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its own, get further than one after the other.
+factors and tempi. Run it from the root of a clean checkout; every experiment stays in `dvc exp show`. All train on the same number of
+frames, that of `--steps` steps of the default. What is in `--out`, by default docs/ablation.json or for another recipe
+docs/ablation-RECIPE.json, is not run again, and is printed at once; the table is printed anew after each experiment, so an interrupted
+run has shown all it measured. Several may write to one: on two cores two of them, each with OMP_NUM_THREADS=1 and in a checkout of its
+own, get further than one after the other.
 
 With `--weights` experiments end with their training, and FOLDER gets the weights of each, for benchmarks/published.py to judge on music
 that none has heard; what is there already is not trained again, so each recipe and number of steps needs a folder of its own.
